@@ -1,0 +1,120 @@
+"""What every engine does: token ids in, a stream of sampled tokens out.
+
+One request is one turn of one path. A continuation or a branch is a new request
+whose prompt repeats the tokens so far; engines keep a prefix cache, so repeating
+them is cheap. Text never enters an engine.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from rllib_arpo.tree import FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to sample.
+
+    Attributes:
+        temperature: logits are divided by it; 0 takes the most likely token (its
+            logprob is then 0 and the entropy 0: the distribution is a point).
+        top_p: nucleus; 1 keeps all tokens.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        stop: strings that end the turn. They are matched on the bytes of the
+            tokens, so a tag may be split over tokens in any way; the tokens that
+            complete it are kept.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One turn to generate.
+
+    Attributes:
+        request_id: unique among the requests in flight.
+        prompt_token_ids: [T] int32, every token of the path so far.
+        max_tokens: most tokens to generate, at least 1.
+        seed: all randomness of this request; same seed and prompt, same tokens.
+        sampling: how to sample.
+        stream_interval: a chunk is yielded after every so many tokens and at the
+            end.
+    """
+
+    request_id: str
+    prompt_token_ids: np.ndarray
+    max_tokens: int
+    seed: int
+    sampling: SamplingParams = SamplingParams()
+    stream_interval: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenChunk:
+    """Freshly sampled tokens of one request.
+
+    Attributes:
+        token_ids: [n] int32.
+        logprobs: [n] float32, log-probability of each token under the distribution
+            that it was sampled from (after temperature, top-p and top-k).
+        entropies: [n] float32, nats, of that distribution over all tokens.
+        policy_versions: [n] int32.
+        finish_reason: None but for the last chunk: "stop" (a stop string), "eos",
+            or "length" (max_tokens or the model's context is used up).
+    """
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    entropies: np.ndarray
+    policy_versions: np.ndarray
+    finish_reason: FinishReason | None = None
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Generates tokens for an EnvRunner, an evaluation or a server.
+
+    All methods are called from the thread of one event loop.
+    """
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the weights in use, stamped on every token."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
+        """Stream one turn; closing the iterator early cancels the request.
+
+        Raises:
+            EngineError: the engine cannot generate.
+        """
+        ...
+
+    def update_weights(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take new weights; requests in flight go on with them.
+
+        Args:
+            version: stamped on tokens from now on.
+            arrays: Hugging Face parameter name -> array (bfloat16 as the numpy
+                dtype of `ml_dtypes`); tied weights once.
+
+        Raises:
+            WeightSyncError: names or shapes differ from the model's.
+        """
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Counters since the start: num_generated_tokens, num_prompt_tokens,
+        num_cached_prompt_tokens, and whatever else the engine knows."""
+        ...
+
+    def close(self) -> None:
+        """Free memory; requests in flight fail with `EngineError`."""
+        ...

@@ -1,0 +1,57 @@
+"""Every error that this package raises on purpose.
+
+    ARPOError
+    ├── ConfigError        a setting, flag or model folder that cannot work
+    ├── DataError          a row or file that is wrong: names file, row and field
+    ├── EngineError        text generation failed
+    │   └── WeightSyncError    the sampler does not hold the learner's weights
+    ├── ToolError          a tool call failed; shown to the model, never fatal
+    │   └── ToolTimeoutError   ... because its deadline passed
+    ├── ToolOutageError    so many tool calls fail that training must stop
+    └── RewardError        a reward function raised or returned nonsense
+"""
+
+
+class ARPOError(Exception):
+    """Base of all errors raised by `rllib_arpo`."""
+
+
+class ConfigError(ARPOError, ValueError):
+    """A setting, flag or model folder cannot work; the message names the cure."""
+
+
+class DataError(ARPOError, ValueError):
+    """A row or file is wrong; the message names file, row and field."""
+
+
+class EngineError(ARPOError, RuntimeError):
+    """Text generation failed."""
+
+
+class WeightSyncError(EngineError):
+    """The sampler does not hold the weights that the learner sent."""
+
+
+class ToolError(ARPOError, RuntimeError):
+    """A tool call failed. The environment turns it into an observation.
+
+    Args:
+        message: one line that the model reads.
+        retryable: whether the same call may succeed if made again.
+    """
+
+    def __init__(self, message: str, *, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+
+
+class ToolTimeoutError(ToolError):
+    """A tool call ran past its deadline."""
+
+
+class ToolOutageError(ARPOError, RuntimeError):
+    """Too large a share of an iteration's tool calls failed."""
+
+
+class RewardError(ARPOError, RuntimeError):
+    """A reward function raised, or returned something that is not a number."""
