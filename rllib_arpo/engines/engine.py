@@ -6,6 +6,7 @@ them is cheap. Text never enters an engine.
 """
 
 from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -108,6 +109,12 @@ class Engine(Protocol):
         Raises:
             WeightSyncError: names or shapes differ from the model's.
         """
+        ...
+
+    def hold(self) -> AbstractContextManager[None]:
+        """Held around a tool call by a deterministic run: the engine takes no step
+        while anyone holds it, so batches do not depend on how long tools take. An
+        engine without a deterministic mode returns a null context."""
         ...
 
     def metrics(self) -> dict[str, float]:
