@@ -1,0 +1,1 @@
+"""Environments over token sequences, one object per path."""

@@ -1,0 +1,1 @@
+"""Rewards: functions from a finished trajectory to named numbers."""

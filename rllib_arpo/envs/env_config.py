@@ -1,0 +1,117 @@
+"""What stands in `env_config`: the defaults, and how each value is read and checked."""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from rllib_arpo.envs.dialogue import Dialogue, TagDialogue
+from rllib_arpo.errors import ConfigError
+from rllib_arpo.rewards.reward import RewardFn, paper_reward
+from rllib_arpo.tools.tool import Tool
+from rllib_arpo.tree import Task
+
+ToolsOfTask = Callable[[Task], Sequence[Tool]]
+
+DEFAULTS: dict[str, Any] = {
+    "tokenizer": None,
+    "tools": (),
+    "tool_names": ("search", "python"),
+    "dialogue": "tags",
+    "reward_fn": paper_reward,
+    "reward_in_thread": None,
+    "max_response_tokens": 1024,
+    "max_tool_calls": 5,
+    "max_result_tokens": 256,
+    "tool_timeout_s": 30.0,
+    "tool_retries": 1,
+    "tool_retry_delay_s": 0.5,
+}
+
+
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings; an unknown key is refused, for it is a setting without effect."""
+    unknown = config.keys() - DEFAULTS.keys()
+    if unknown:
+        raise ConfigError(
+            f"unknown keys in env_config: {sorted(unknown)}; known are "
+            f"{sorted(DEFAULTS)}"
+        )
+    return DEFAULTS | dict(config)
+
+
+def at_least(settings: Mapping[str, Any], key: str, least: int) -> int:
+    """A whole number no smaller than `least`."""
+    value = settings[key]
+    if not isinstance(value, int) or value < least:
+        raise ConfigError(f"`{key}` ({value!r}) must be a whole number >= {least}")
+    return value
+
+
+def load_tokenizer(source: object) -> PreTrainedTokenizerFast:
+    """A fast tokenizer, loaded when a folder or name is given."""
+    if isinstance(source, str):
+        try:
+            source = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"no tokenizer in {source!r}: {error}") from error
+    if not hasattr(source, "backend_tokenizer"):
+        raise ConfigError(
+            f"`tokenizer` ({source!r}) must be a folder, a name or a fast tokenizer"
+        )
+    return cast(PreTrainedTokenizerFast, source)
+
+
+def load_tools(tools: Any) -> dict[str, Tool] | ToolsOfTask:
+    """Tools by name, or the function that makes them for a task."""
+    if callable(tools):
+        return cast(ToolsOfTask, tools)
+    listed = list(tools.values()) if isinstance(tools, Mapping) else list(tools)
+    for tool in listed:
+        if not isinstance(tool, Tool):
+            raise ConfigError(
+                f"{tool!r} is no tool: it needs name, description, call and fork"
+            )
+    by_name = {tool.name: tool for tool in listed}
+    if len(by_name) < len(listed):
+        raise ConfigError(f"two tools share a name: {[t.name for t in listed]}")
+    if isinstance(tools, Mapping) and list(tools) != list(by_name):
+        raise ConfigError(
+            f"keys of `tools` {list(tools)} must equal the tools' names "
+            f"{list(by_name)}, which are their tags"
+        )
+    return by_name
+
+
+def make_dialogue(
+    dialogue: Any, tokenizer: PreTrainedTokenizerFast, tools: tuple[str, ...]
+) -> Dialogue:
+    """The dialogue that was given or described."""
+    if isinstance(dialogue, Dialogue):
+        return dialogue
+    if dialogue != "tags" and not isinstance(dialogue, Mapping):
+        raise ConfigError(
+            f"`dialogue` ({dialogue!r}) must be 'tags', a mapping of options of "
+            "TagDialogue, or a Dialogue"
+        )
+    options = {} if dialogue == "tags" else dict(dialogue)
+    try:
+        return TagDialogue(tokenizer, tools, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"`dialogue`: {error}") from error
+
+
+def load_reward_fn(reward_fn: Any) -> RewardFn:
+    """The reward function, imported when a path is given."""
+    if callable(reward_fn):
+        return cast(RewardFn, reward_fn)
+    module, _, name = str(reward_fn).partition(":")
+    try:
+        loaded = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"`reward_fn` ({reward_fn!r}) must be a function or 'module:function': "
+            f"{error}"
+        ) from error
+    return cast(RewardFn, loaded)
