@@ -18,7 +18,7 @@ import numpy as np
 
 Role = Literal["prompt", "model", "tool"]
 FinishReason = Literal["stop", "eos", "length"]
-ToolStatus = Literal["ok", "error", "timeout", "refused"]
+ToolStatus = Literal["ok", "error", "unavailable", "timeout", "refused"]
 LeafOrigin = Literal["initial", "branch", "refill"]
 LeafEnd = Literal["answer", "no_answer", "length"]
 
@@ -62,7 +62,9 @@ class ToolCall:
     Attributes:
         name: the tool, equal to its tag.
         arguments: text between the tags, stripped.
-        status: "refused" when the call limit was reached or no such tool exists.
+        status: "error" is the call's own fault (the model reads why), "unavailable"
+            and "timeout" are the tool's; "refused": the call limit was reached or
+            there is no such tool.
         latency_s: wall time of the call, retries included.
         num_attempts: 1 without retries, 0 when refused.
         truncated: whether the result was cut to the token cap.

@@ -1,0 +1,380 @@
+"""`ARPO`: Agentic Reinforced Policy Optimization as an RLlib Algorithm.
+
+One training step is: sample trees on the EnvRunners, update on the Learners, give
+the new weights back. The Algorithm owns the tasks: it hands them out, and hands them
+out again when the runner that had them is gone.
+
+ARPO: arXiv:2507.19849. With `branch_rule="never"` this is GRPO (arXiv:2402.03300).
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.core import (
+    COMPONENT_LEARNER,
+    COMPONENT_RL_MODULE,
+)
+from ray.rllib.env.env_runner_group import EnvRunnerGroup
+from ray.rllib.utils.annotations import override
+from ray.rllib.utils.metrics import (
+    ENV_RUNNER_RESULTS,
+    ENV_RUNNER_SAMPLING_TIMER,
+    EVALUATION_RESULTS,
+    LEARNER_RESULTS,
+    LEARNER_UPDATE_TIMER,
+    NUM_ENV_STEPS_SAMPLED_LIFETIME,
+    SYNCH_WORKER_WEIGHTS_TIMER,
+    TIMERS,
+    WEIGHTS_SEQ_NO,
+)
+from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
+
+from rllib_arpo.config import ARPOConfig
+from rllib_arpo.data.datasets import TaskCursor
+from rllib_arpo.data.sources import resolve_tasks
+from rllib_arpo.engines.engine import SamplingParams
+from rllib_arpo.errors import ARPOError, DataError, EngineError, ToolOutageError
+from rllib_arpo.learner.training_data import TreeTrainingData
+from rllib_arpo.metrics import (
+    DYNAMIC_SAMPLING_ROUNDS,
+    NUM_TOOL_CALLS,
+    NUM_TREES_REQUEUED,
+    TOOL_FAILURE_SHARE,
+    tree_metrics,
+)
+from rllib_arpo.rollouts.branching import TreeSettings, derive_seed
+from rllib_arpo.tree import RolloutTree, Task
+
+# A share of a handful of calls says nothing about an outage.
+MIN_CALLS_FOR_OUTAGE = 20
+
+
+class ARPO(Algorithm):
+    """Trains a tool-using language model on trees of rollouts."""
+
+    config: ARPOConfig
+
+    @classmethod
+    @override(Algorithm)
+    def get_default_config(cls) -> ARPOConfig:
+        return ARPOConfig()
+
+    @override(Algorithm)
+    def setup(self, config: ARPOConfig) -> None:
+        # Data first: a wrong file must not cost the start of a cluster.
+        self._cursor = self._make_cursor(config)
+        self.eval_tasks: Sequence[Task] = (
+            resolve_tasks(config.eval_tasks, setting="eval_tasks")
+            if config.eval_tasks is not None
+            else ()
+        )
+        self._num_trees_started = 0
+        super().setup(config)
+        self.sync_weights()
+
+    def _make_cursor(self, config: ARPOConfig) -> TaskCursor | None:
+        if config.train_tasks is None:
+            return None
+        tasks = resolve_tasks(config.train_tasks, setting="train_tasks")
+        return TaskCursor(tasks, seed=config.seed or 0)
+
+    @override(Algorithm)
+    def training_step(self) -> None:
+        """Sample, update, sync."""
+        with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
+            trees = self._sample()
+        with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
+            self._update(trees)
+        with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
+            self.sync_weights()
+
+    def _sample(self) -> list[RolloutTree]:
+        """One iteration's trees; with dynamic sampling only those that teach."""
+        count = self.config.total_train_batch_size
+        trees = self._sample_next_tasks(count)
+        rounds = 0
+        if self.config.dynamic_sampling:
+            # DAPO, arXiv:2503.14476, section 3.2: a group of equal rewards has no
+            # gradient, so it is replaced.
+            useful = [tree for tree in trees if _has_signal(tree)]
+            spare = [tree for tree in trees if not _has_signal(tree)]
+            while (
+                len(useful) < count
+                and rounds < self.config.max_dynamic_sampling_rounds
+            ):
+                rounds += 1
+                more = self._sample_next_tasks(count - len(useful))
+                useful += [tree for tree in more if _has_signal(tree)]
+            trees = (useful + spare)[:count]
+        self.metrics.log_value(
+            (ENV_RUNNER_RESULTS, DYNAMIC_SAMPLING_ROUNDS), rounds, window=1
+        )
+        return trees
+
+    def _sample_next_tasks(self, count: int) -> list[RolloutTree]:
+        if self._cursor is None:
+            raise DataError(
+                "There is nothing to train on: set "
+                "`.environment(train_tasks=...)` to a file, a list or a function."
+            )
+        first = self._num_trees_started
+        self._num_trees_started += count
+        return self.sample_trees(
+            self._cursor.next(count),
+            [
+                derive_seed(self.config.seed or 0, "train", first + i)
+                for i in range(count)
+            ],
+        )
+
+    def _update(self, trees: list[RolloutTree]) -> None:
+        results = self.learner_group.update(
+            training_data=TreeTrainingData(episodes=trees),
+            timesteps={
+                NUM_ENV_STEPS_SAMPLED_LIFETIME: self.metrics.peek(
+                    (ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0
+                )
+            },
+            num_epochs=self.config.num_epochs,
+            minibatch_size=self.config.minibatch_size,
+            shuffle_batch_per_epoch=self.config.shuffle_batch_per_epoch,
+        )
+        self.metrics.aggregate(results, key=LEARNER_RESULTS)
+
+    def sample_trees(
+        self,
+        tasks: Sequence[Task],
+        seeds: Sequence[int],
+        *,
+        env_runner_group: EnvRunnerGroup | None = None,
+        tree_settings: TreeSettings | None = None,
+        sampling: SamplingParams | None = None,
+        results_key: tuple[str, ...] = (ENV_RUNNER_RESULTS,),
+    ) -> list[RolloutTree]:
+        """Grow one tree per task, spread over the EnvRunners, and log metrics.
+
+        Tasks of a runner that dies are given to the others; none is lost or grown
+        twice.
+
+        Args:
+            tasks: the questions.
+            seeds: one per task, all different.
+            env_runner_group: the training EnvRunners when None.
+            tree_settings: in place of the config's.
+            sampling: in place of the config's.
+            results_key: where metrics go.
+
+        Returns:
+            One tree per task, in the order of the tasks.
+
+        Raises:
+            EngineError: no EnvRunner came back in `env_runner_restore_timeout_s`.
+            RewardError: a reward function failed.
+            ToolOutageError: too large a share of the tool calls failed.
+        """
+        group = env_runner_group or self.env_runner_group
+        todo = dict(zip(seeds, tasks, strict=True))
+        grown: dict[int, RolloutTree] = {}
+        stats: list[dict[str, Any]] = []
+        num_requeued = 0
+        while todo:
+            answers = _call_env_runners(
+                group,
+                list(todo.items()),
+                local=group.num_remote_env_runners() == 0,
+                tree_settings=tree_settings,
+                sampling=sampling,
+            )
+            for trees, runner_stats in answers:
+                grown |= {tree.seed: tree for tree in trees}
+                stats.append(runner_stats)
+            todo = {seed: task for seed, task in todo.items() if seed not in grown}
+            if todo:
+                num_requeued += len(todo)
+                self._wait_for_env_runner(group)
+        trees = [grown[seed] for seed in seeds]
+        self._log_trees(trees, stats, num_requeued, results_key)
+        return trees
+
+    def _log_trees(
+        self,
+        trees: list[RolloutTree],
+        stats: list[dict[str, Any]],
+        num_requeued: int,
+        results_key: tuple[str, ...],
+    ) -> None:
+        values = tree_metrics(
+            trees, entropy_probe_tokens=self.config.entropy_probe_tokens
+        )
+        values[NUM_TREES_REQUEUED] = float(num_requeued)
+        logger = MetricsLogger(root=False)
+        for name, value in values.items():
+            logger.log_value(name, value, window=1)
+        self.metrics.aggregate([*stats, logger.reduce()], key=results_key)
+        limit = self.config.max_tool_failure_share
+        share, calls = values[TOOL_FAILURE_SHARE], int(values[NUM_TOOL_CALLS])
+        if limit is not None and calls >= MIN_CALLS_FOR_OUTAGE and share > limit:
+            raise ToolOutageError(
+                f"{share:.0%} of {calls} tool calls failed or timed out, more than "
+                f"`max_tool_failure_share` ({limit:.0%}). Training on this would "
+                "teach the model that tools do not work. Check the tools' servers "
+                "and limits, then resume from the last checkpoint."
+            )
+
+    def _wait_for_env_runner(self, group: EnvRunnerGroup) -> None:
+        """Bring back runners; return as soon as one is healthy."""
+        limit = self.config.env_runner_restore_timeout_s
+        deadline = time.monotonic() + limit
+        while True:
+            self.restore_env_runners(group)
+            if group.num_healthy_remote_env_runners():
+                return
+            if time.monotonic() > deadline:
+                raise EngineError(
+                    "All EnvRunners are dead and none came back within "
+                    f"`env_runner_restore_timeout_s` ({limit:g} s). Their logs say "
+                    "why; the last checkpoint is intact."
+                )
+            time.sleep(1.0)
+
+    def sync_weights(self) -> None:
+        """Give the learners' weights to the training EnvRunners, and wait for it."""
+        state = self.learner_group.get_state(
+            components=f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}",
+            inference_only=True,
+        )[COMPONENT_LEARNER]
+        state = {key: state[key] for key in (COMPONENT_RL_MODULE, WEIGHTS_SEQ_NO)}
+        group = self.env_runner_group
+        if group.num_remote_env_runners():
+            group.foreach_env_runner(
+                "set_state",
+                kwargs={"state": ray.put(state)},
+                local_env_runner=False,
+            )
+        else:
+            group.local_env_runner.set_state(state)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the trained model as a Hugging Face folder, tokenizer included.
+
+        The first learner writes it, so `folder` must be a path of its machine.
+        """
+        folder = Path(folder).absolute()
+
+        def write(learner: Any) -> None:
+            learner.save_pretrained(folder)
+
+        self.learner_group.foreach_learner(write)
+        return folder
+
+    @override(Algorithm)
+    def get_state(
+        self, components: Any = None, *, not_components: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        state = super().get_state(components, not_components=not_components, **kwargs)
+        state["num_trees_started"] = self._num_trees_started
+        if self._cursor is not None:
+            state["task_cursor"] = self._cursor.get_state()
+        return state
+
+    @override(Algorithm)
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        self._num_trees_started = state.get("num_trees_started", 0)
+        if self._cursor is not None and "task_cursor" in state:
+            self._cursor.set_state(state["task_cursor"])
+
+    @override(Algorithm)
+    def restore_from_path(self, path: Any, *args: Any, **kwargs: Any) -> None:
+        super().restore_from_path(path, *args, **kwargs)
+        # RLlib's own sync is dropped without a word while another is in flight.
+        self.sync_weights()
+
+    @classmethod
+    @override(Algorithm)
+    def _should_create_evaluation_env_runners(cls, eval_config: Any) -> bool:
+        # A model for evaluation alone would cost as much memory as a training one.
+        return eval_config.evaluation_num_env_runners > 0
+
+
+def evaluate_on_env_runners(
+    algorithm: ARPO, eval_env_runner_group: EnvRunnerGroup | None
+) -> tuple[dict[str, Any], int, int]:
+    """The default `custom_evaluation_function`: the first tasks of `eval_tasks`.
+
+    Runs on the evaluation EnvRunners if there are any, else on the training ones,
+    with the settings of `evaluation_config` (one independent rollout per task unless
+    overridden) and the same seeds every time.
+
+    Returns:
+        Metrics, turns, turns: as RLlib expects.
+
+    Raises:
+        DataError: `eval_tasks` is not set.
+    """
+    config = algorithm.evaluation_config
+    tasks = algorithm.eval_tasks[: config.evaluation_duration]
+    if not tasks:
+        raise DataError(
+            "There is nothing to evaluate on: set `.environment(eval_tasks=...)` to a "
+            "file, a list or a function."
+        )
+    key = (EVALUATION_RESULTS, ENV_RUNNER_RESULTS)
+    trees = algorithm.sample_trees(
+        tasks,
+        [
+            derive_seed(config.seed or 0, "evaluation", number)
+            for number in range(len(tasks))
+        ],
+        env_runner_group=eval_env_runner_group,
+        tree_settings=config.tree_settings(),
+        sampling=config.sampling_params(),
+        results_key=key,
+    )
+    num_turns = sum(len(tree) for tree in trees)
+    return algorithm.metrics.peek(key, default={}), num_turns, num_turns
+
+
+def _call_env_runners(
+    group: EnvRunnerGroup,
+    jobs: Sequence[tuple[int, Task]],
+    *,
+    local: bool,
+    **kwargs: Any,
+) -> list[tuple[list[RolloutTree], dict[str, Any]]]:
+    """Spread (seed, task) pairs over the healthy runners; the dead do not answer."""
+    ids = [] if local else group.healthy_env_runner_ids()
+    parts = [jobs[i :: max(len(ids), 1)] for i in range(max(len(ids), 1))]
+    calls = [
+        {
+            "seeds": [seed for seed, _ in part],
+            "tasks": [task for _, task in part],
+            **kwargs,
+        }
+        for part in parts
+        if part
+    ]
+    if local:
+        answers = [group.local_env_runner.sample_and_get_metrics(**calls[0])]
+    elif ids:
+        answers = group.foreach_env_runner(
+            "sample_and_get_metrics",
+            kwargs=calls,
+            remote_worker_ids=ids[: len(calls)],
+            local_env_runner=False,
+        )
+    else:
+        answers = []
+    for answer in answers:
+        if isinstance(answer, ARPOError):
+            raise answer
+    return answers
+
+
+def _has_signal(tree: RolloutTree) -> bool:
+    rewards = tree.rewards
+    return bool(rewards.max() > rewards.min())

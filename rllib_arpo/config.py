@@ -1,0 +1,543 @@
+"""`ARPOConfig`: the settings of ARPO, in RLlib's chained groups.
+
+    config = (
+        ARPOConfig()
+        .environment(env=ToolUseEnv, train_tasks="train.parquet")
+        .rl_module(model_config={"model": "Qwen/Qwen2.5-3B-Instruct"})
+        .tree_rollout(group_size=16, num_initial_rollouts=8)
+        .training(lr=1e-6, train_batch_size_per_learner=128, minibatch_size=16)
+    )
+    algo = config.build_algo()
+
+Where this differs from RLlib: batch sizes count trees (one per prompt), not steps,
+because a tree is never split; there is no local EnvRunner beside remote ones, so that
+the driver holds no model; and evaluation runs on the training EnvRunners unless
+`evaluation_num_env_runners` asks for others.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.utils.annotations import override
+
+from rllib_arpo.data.sources import TaskSource
+from rllib_arpo.engines.engine import SamplingParams
+from rllib_arpo.envs.tool_use_env import ToolUseEnv
+from rllib_arpo.errors import ConfigError
+from rllib_arpo.imports import import_object
+from rllib_arpo.rollouts.branching import BRANCH_RULES, BranchRule, TreeSettings
+from rllib_arpo.tree import Task
+
+
+
+_CHOICES = {
+    "engine_name": ("torch",),
+    "old_logprobs": ("rollout", "recompute"),
+    "loss_aggregation": ("token_mean", "sequence_mean"),
+    "advantage_attribution": ("soft", "hard"),
+    "advantage_normalization": ("group", "batch"),
+    "optimizer": ("adamw", "muon"),
+    "lr_schedule": ("constant", "linear", "cosine"),
+    "packing": ("paths",),
+}
+
+
+class ARPOConfig(AlgorithmConfig):
+    """Settings of `ARPO`; the defaults are those of the paper's appendix C.2."""
+
+    def __init__(self, algo_class: type | str | None = None) -> None:
+        from rllib_arpo.arpo import ARPO, evaluate_on_env_runners
+        from rllib_arpo.rollouts.env_runner import ARPOEnvRunner
+
+        super().__init__(algo_class=algo_class or ARPO)
+
+        # environment()
+        self.env = ToolUseEnv
+        self.train_tasks: TaskSource | None = None
+        self.eval_tasks: TaskSource | None = None
+
+        # tree_rollout()
+        self.group_size = 16
+        self.num_initial_rollouts = 8
+        self.branch_factor = 2
+        self.branch_rule: str | BranchRule = "threshold"
+        self.branch_base = 0.5
+        self.branch_entropy_weight = 0.2
+        self.branch_threshold = 0.5
+        self.entropy_probe_tokens = 20
+        self.max_tool_failure_share: float | None = 0.5
+
+        # engine()
+        self.engine_name = "torch"
+        self.engine_kwargs: dict[str, Any] = {}
+        self.temperature = 1.0
+        self.top_p = 1.0
+        self.top_k = 0
+
+        # training()
+        self.lr = 1e-6
+        self.train_batch_size_per_learner = 128
+        self.minibatch_size = 16
+        self.num_epochs = 1
+        self.shuffle_batch_per_epoch = True
+        self.clip_param = 0.2
+        self.clip_param_high: float | None = None
+        self.dual_clip: float | None = 3.0
+        self.kl_coeff = 0.0
+        self.entropy_coeff = 0.0
+        self.tis_cap: float | None = None
+        self.old_logprobs = "rollout"
+        self.loss_aggregation = "token_mean"
+        self.advantage_attribution = "soft"
+        self.advantage_normalization = "group"
+        self.normalize_by_std = True
+        self.optimizer = "adamw"
+        self.muon_lr = 0.01
+        self.weight_decay = 0.01
+        self.adam_betas = (0.9, 0.999)
+        self.lr_schedule = "constant"
+        self.lr_warmup_steps = 0
+        self.lr_total_steps: int | None = None
+        self.grad_clip = 1.0
+        self.grad_clip_by = "global_norm"
+        self.packing = "paths"
+        self.max_tokens_per_microbatch = 16_384
+        self.dynamic_sampling = False
+        self.max_dynamic_sampling_rounds = 3
+
+        # debugging()
+        self.deterministic = False
+
+        # RLlib's own defaults that do not fit rollouts of minutes by a large model.
+        self.env_runner_cls = ARPOEnvRunner
+        self.custom_evaluation_function = evaluate_on_env_runners
+        self.batch_mode = "complete_episodes"
+        self.sample_timeout_s = None
+        self.evaluation_sample_timeout_s = 86_400.0
+        self.max_requests_in_flight_per_env_runner = 4
+        self._dont_auto_sync_env_runner_states = True
+        self.delay_between_env_runner_restarts_s = 1.0
+        self.restart_failed_env_runners = True
+
+    @override(AlgorithmConfig)
+    def environment(
+        self,
+        env: Any = NotProvided,
+        *,
+        train_tasks: TaskSource | None = NotProvided,
+        eval_tasks: TaskSource | None = NotProvided,
+        **kwargs: Any,
+    ) -> Self:
+        """Set the environment and the tasks that it is reset to.
+
+        Args:
+            env: a `ToolUseEnv` subclass, or any gymnasium env over `TokenSequence`
+                spaces, as a class, a registered name or through `tune.register_env`.
+                `env_config` reaches its constructor, with "tokenizer" added.
+            train_tasks: a parquet or jsonl file, a list of `Task`, or a picklable
+                function that returns one (called in the driver).
+            eval_tasks: the same, for `evaluate()`.
+            **kwargs: see `AlgorithmConfig.environment`.
+        """
+        super().environment(env, **kwargs)
+        return self._set(train_tasks=train_tasks, eval_tasks=eval_tasks)
+
+    def tree_rollout(
+        self,
+        *,
+        group_size: int = NotProvided,
+        num_initial_rollouts: int = NotProvided,
+        branch_factor: int = NotProvided,
+        branch_rule: str | BranchRule = NotProvided,
+        branch_base: float = NotProvided,
+        branch_entropy_weight: float = NotProvided,
+        branch_threshold: float = NotProvided,
+        entropy_probe_tokens: int = NotProvided,
+        max_tool_failure_share: float | None = NotProvided,
+    ) -> Self:
+        """Set the shape of a tree (arXiv:2507.19849, section 3.1, appendix C.2).
+
+        Args:
+            group_size: M, leaves per tree.
+            num_initial_rollouts: N, paths that start at the prompt. Ignored by
+                `branch_rule="never"`, which starts all M at once.
+            branch_factor: Z, paths that leave a branch point (2 = one extra).
+            branch_rule: "threshold" (the paper), "bernoulli", "random", "always",
+                "never" (= GRPO), a function `(BranchPoint) -> bool`, or the import
+                path "module:function" of one.
+            branch_base: α in P = α + β·ΔH.
+            branch_entropy_weight: β.
+            branch_threshold: τ.
+            entropy_probe_tokens: k, tokens over which an entropy is averaged.
+            max_tool_failure_share: an iteration in which a larger share of the tool
+                calls failed (not: answered with an error that the model caused)
+                stops with `ToolOutageError`. None switches the check off.
+        """
+        return self._set(
+            group_size=group_size,
+            num_initial_rollouts=num_initial_rollouts,
+            branch_factor=branch_factor,
+            branch_rule=branch_rule,
+            branch_base=branch_base,
+            branch_entropy_weight=branch_entropy_weight,
+            branch_threshold=branch_threshold,
+            entropy_probe_tokens=entropy_probe_tokens,
+            max_tool_failure_share=max_tool_failure_share,
+        )
+
+    def engine(
+        self,
+        engine: str = NotProvided,
+        *,
+        engine_kwargs: Mapping[str, Any] = NotProvided,
+        temperature: float = NotProvided,
+        top_p: float = NotProvided,
+        top_k: int = NotProvided,
+    ) -> Self:
+        """Set what generates tokens in the EnvRunners, and how it samples.
+
+        Args:
+            engine: "torch", in-process and exact.
+            engine_kwargs: keyword arguments of the engine's class.
+            temperature: logits are divided by it, here and in the learner.
+            top_p: nucleus; 1 keeps all tokens.
+            top_k: keep the k most likely tokens; 0 keeps all.
+        """
+        return self._set(
+            engine_name=engine,
+            engine_kwargs=engine_kwargs
+            if engine_kwargs is NotProvided
+            else dict(engine_kwargs),
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+        )
+
+    @override(AlgorithmConfig)
+    def debugging(self, *, deterministic: bool = NotProvided, **kwargs: Any) -> Self:
+        """Set the seed and how far it reaches.
+
+        Args:
+            deterministic: same seed, same run to the last bit (one EnvRunner, CPU):
+                the engine takes no step while a tool call is under way, so batches
+                do not depend on how long tools take.
+            **kwargs: see `AlgorithmConfig.debugging`.
+        """
+        super().debugging(**kwargs)
+        return self._set(deterministic=deterministic)
+
+    @override(AlgorithmConfig)
+    def training(
+        self,
+        *,
+        train_batch_size_per_learner: int = NotProvided,
+        clip_param: float = NotProvided,
+        clip_param_high: float | None = NotProvided,
+        dual_clip: float | None = NotProvided,
+        kl_coeff: float = NotProvided,
+        entropy_coeff: float = NotProvided,
+        tis_cap: float | None = NotProvided,
+        old_logprobs: str = NotProvided,
+        loss_aggregation: str = NotProvided,
+        advantage_attribution: str = NotProvided,
+        advantage_normalization: str = NotProvided,
+        normalize_by_std: bool = NotProvided,
+        optimizer: str = NotProvided,
+        muon_lr: float = NotProvided,
+        weight_decay: float = NotProvided,
+        adam_betas: tuple[float, float] = NotProvided,
+        lr_schedule: str = NotProvided,
+        lr_warmup_steps: int = NotProvided,
+        lr_total_steps: int | None = NotProvided,
+        packing: str = NotProvided,
+        max_tokens_per_microbatch: int = NotProvided,
+        dynamic_sampling: bool = NotProvided,
+        max_dynamic_sampling_rounds: int = NotProvided,
+        **kwargs: Any,
+    ) -> Self:
+        """Set the loss and the optimizer.
+
+        Args:
+            train_batch_size_per_learner: trees per learner and iteration.
+            clip_param: ε below, and above unless `clip_param_high` is given.
+            clip_param_high: ε above (DAPO's clip-higher).
+            dual_clip: bound on the ratio for negative advantages; None = off.
+            kl_coeff: weight of the k3 KL to the frozen initial model; 0 loads none.
+            entropy_coeff: weight of the entropy bonus.
+            tis_cap: upper bound of truncated importance weights between sampler and
+                learner; None = off.
+            old_logprobs: "rollout" takes the sampler's log-probabilities as the
+                denominator of the ratio, "recompute" a forward pass of the learner.
+            loss_aggregation: "token_mean" or "sequence_mean".
+            advantage_attribution: "soft" (each leaf's advantage flows to all its
+                tokens) or "hard" (a shared segment gets the mean over its leaves).
+            advantage_normalization: "group" (GRPO) or "batch" (REINFORCE++).
+            normalize_by_std: divide by the standard deviation of the rewards.
+            optimizer: "adamw" or "muon" (matrices of the layers; rest AdamW).
+            muon_lr: learning rate of Muon's part.
+            weight_decay: decoupled weight decay.
+            adam_betas: β₁, β₂ of AdamW.
+            lr_schedule: "constant", "linear" or "cosine", by optimizer step.
+            lr_warmup_steps: optimizer steps from 0 to `lr`.
+            lr_total_steps: where "linear" and "cosine" reach 0.
+            packing: "paths": every trajectory is a row of its own.
+            max_tokens_per_microbatch: padded tokens per forward and backward pass.
+            dynamic_sampling: replace trees whose leaves all have the same reward
+                (DAPO), in at most `max_dynamic_sampling_rounds` extra rounds.
+            max_dynamic_sampling_rounds: see `dynamic_sampling`.
+            **kwargs: see `AlgorithmConfig.training`; `minibatch_size` counts trees
+                per learner and optimizer step.
+        """
+        super().training(
+            train_batch_size_per_learner=train_batch_size_per_learner, **kwargs
+        )
+        return self._set(
+            clip_param=clip_param,
+            clip_param_high=clip_param_high,
+            dual_clip=dual_clip,
+            kl_coeff=kl_coeff,
+            entropy_coeff=entropy_coeff,
+            tis_cap=tis_cap,
+            old_logprobs=old_logprobs,
+            loss_aggregation=loss_aggregation,
+            advantage_attribution=advantage_attribution,
+            advantage_normalization=advantage_normalization,
+            normalize_by_std=normalize_by_std,
+            optimizer=optimizer,
+            muon_lr=muon_lr,
+            weight_decay=weight_decay,
+            adam_betas=adam_betas,
+            lr_schedule=lr_schedule,
+            lr_warmup_steps=lr_warmup_steps,
+            lr_total_steps=lr_total_steps,
+            packing=packing,
+            max_tokens_per_microbatch=max_tokens_per_microbatch,
+            dynamic_sampling=dynamic_sampling,
+            max_dynamic_sampling_rounds=max_dynamic_sampling_rounds,
+        )
+
+    @override(AlgorithmConfig)
+    def validate(self) -> None:
+        """Refuse settings that contradict each other, naming both and the cure."""
+        # RLlib's local EnvRunner would put a model into the driver, and hand its own
+        # stale weights to runners that come back.
+        self.create_local_env_runner = self.num_env_runners == 0
+        super().validate()
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                self._refuse(
+                    f"`{name}` ({getattr(self, name)!r}) must be one of "
+                    + ", ".join(map(repr, choices))
+                    + "."
+                )
+        try:
+            self.tree_settings()
+            self.sampling_params()
+        except ConfigError as error:
+            self._refuse(str(error))
+        if not self.model_config.get("model"):
+            self._refuse(
+                "No model: set `.rl_module(model_config={\"model\": ...})` to a "
+                "Hugging Face folder or hub name."
+            )
+        if self.in_evaluation:
+            return
+        self._validate_batches()
+        self._validate_losses()
+        if self.evaluation_duration == "auto":
+            self._refuse(
+                "`evaluation_duration` ('auto') is not supported: a trajectory has no "
+                "fixed length. Set it to the number of evaluation tasks."
+            )
+        if self.evaluation_duration_unit != "episodes":
+            self._refuse(
+                f"`evaluation_duration_unit` ({self.evaluation_duration_unit!r}) must "
+                "be 'episodes': an episode is the tree of one task."
+            )
+        if self.evaluation_interval and self.eval_tasks is None:
+            self._refuse(
+                f"`evaluation_interval` ({self.evaluation_interval}) is set but "
+                "`eval_tasks` is None. Set `.environment(eval_tasks=...)`."
+            )
+
+    def _validate_batches(self) -> None:
+        batch, mini = self.train_batch_size_per_learner, self.minibatch_size
+        if mini is None or not 1 <= mini <= batch:
+            self._refuse(
+                f"`minibatch_size` ({mini}) must be between 1 and "
+                f"`train_batch_size_per_learner` ({batch}): both count trees per "
+                "learner."
+            )
+        if self.lr_schedule != "constant" and self.lr_total_steps is None:
+            self._refuse(
+                f"`lr_schedule` ({self.lr_schedule!r}) needs `lr_total_steps` (None): "
+                "set the optimizer step at which the learning rate reaches 0."
+            )
+
+    def _validate_losses(self) -> None:
+        if not 0.0 < self.clip_param < 1.0:
+            self._refuse(f"`clip_param` ({self.clip_param}) must lie in (0, 1).")
+        high = self.clip_param_high
+        if high is not None and high < self.clip_param:
+            self._refuse(
+                f"`clip_param_high` ({high}) must be >= `clip_param` "
+                f"({self.clip_param}), or None for the same bound on both sides."
+            )
+        if self.dual_clip is not None and self.dual_clip <= 1.0:
+            self._refuse(
+                f"`dual_clip` ({self.dual_clip}) must be > 1, or None to switch it off."
+            )
+        if self.temperature == 0:
+            self._refuse(
+                "`temperature` (0) gives every token probability 1, so nothing can be "
+                "learned. Train with 1.0; evaluate greedily through "
+                "`.evaluation(evaluation_config=ARPOConfig.overrides(temperature=0))`."
+            )
+        if self.branch_rule != "never" and self.group_size == self.num_initial_rollouts:
+            self._refuse(
+                f"`num_initial_rollouts` ({self.num_initial_rollouts}) equals "
+                f"`group_size` ({self.group_size}), so no leaf is left for a branch. "
+                'Lower the first, or set `branch_rule="never"` (GRPO).'
+            )
+
+    def _refuse(self, message: str) -> None:
+        # RLlib's own `_value_error` adds how to switch validation off.
+        try:
+            self._value_error(message)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    @override(AlgorithmConfig)
+    def get_evaluation_config_object(self) -> AlgorithmConfig | None:
+        """As RLlib's, with one independent rollout per task unless overridden."""
+        config = super().get_evaluation_config_object()
+        if config is not None:
+            overrides = self.evaluation_config or {}
+            defaults = {
+                "group_size": 1,
+                "num_initial_rollouts": 1,
+                "branch_rule": "never",
+            }
+            for name, value in defaults.items():
+                if name not in overrides:
+                    setattr(config, name, value)
+        return config
+
+    @override(AlgorithmConfig)
+    def get_default_learner_class(self) -> type:
+        from rllib_arpo.learner.torch_learner import ARPOTorchLearner
+
+        return ARPOTorchLearner
+
+    @override(AlgorithmConfig)
+    def get_default_rl_module_spec(self) -> RLModuleSpec:
+        from rllib_arpo.rl_module import CausalLMRLModule
+
+        return RLModuleSpec(module_class=CausalLMRLModule)
+
+    @property
+    @override(AlgorithmConfig)
+    def _model_config_auto_includes(self) -> dict[str, Any]:
+        return super()._model_config_auto_includes | {
+            "temperature": self.temperature,
+            "reference": self.kl_coeff > 0,
+        }
+
+    @override(AlgorithmConfig)
+    def build_learner_connector(
+        self,
+        input_observation_space: Any,
+        input_action_space: Any,
+        device: Any = None,
+    ) -> Any:
+        from rllib_arpo.learner.connectors import build_learner_connector
+
+        return build_learner_connector(
+            self, input_observation_space, input_action_space, device
+        )
+
+    @override(AlgorithmConfig)
+    def build_env_to_module_connector(
+        self, env: Any = None, spaces: Any = None, device: Any = None
+    ) -> Any:
+        """Empty: an engine takes the environment's token ids as they are."""
+        from ray.rllib.connectors.env_to_module import EnvToModulePipeline
+
+        return EnvToModulePipeline(connectors=[])
+
+    @override(AlgorithmConfig)
+    def build_module_to_env_connector(self, env: Any = None, spaces: Any = None) -> Any:
+        """Empty: the environment takes the engine's token ids as they are."""
+        from ray.rllib.connectors.module_to_env import ModuleToEnvPipeline
+
+        return ModuleToEnvPipeline(connectors=[])
+
+    def tree_settings(self) -> TreeSettings:
+        """The settings of `grow_tree`, with the branching rule resolved.
+
+        Raises:
+            ConfigError: a number is out of range or the rule does not exist.
+        """
+        rule = self.branch_rule
+        if isinstance(rule, str):
+            if ":" in rule:
+                rule = import_object(rule, setting="branch_rule")
+            elif rule in BRANCH_RULES:
+                rule = BRANCH_RULES[rule]
+            else:
+                raise ConfigError(
+                    f'`branch_rule` ("{rule}") must be one of '
+                    + ", ".join(BRANCH_RULES)
+                    + ', or an import path "package.module:function".'
+                )
+        return TreeSettings(
+            group_size=self.group_size,
+            num_initial_rollouts=self.num_initial_rollouts,
+            branch_factor=self.branch_factor,
+            branch_rule=rule,
+            branch_base=self.branch_base,
+            branch_entropy_weight=self.branch_entropy_weight,
+            branch_threshold=self.branch_threshold,
+            entropy_probe_tokens=self.entropy_probe_tokens,
+        )
+
+    def sampling_params(self) -> SamplingParams:
+        """How the engine samples.
+
+        Raises:
+            ConfigError: a number is out of range.
+        """
+        if self.temperature < 0:
+            raise ConfigError(f"`temperature` ({self.temperature}) must be >= 0.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"`top_p` ({self.top_p}) must lie in (0, 1].")
+        if self.top_k < 0:
+            raise ConfigError(
+                f"`top_k` ({self.top_k}) must be >= 0; 0 keeps all tokens."
+            )
+        return SamplingParams(
+            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k
+        )
+
+    def make_engine(self) -> Any:
+        """Build the engine named by `.engine(...)` for this process.
+
+        Raises:
+            ConfigError: the model folder or an engine setting is wrong.
+        """
+        from rllib_arpo.engines.torch_engine import TorchEngine
+
+        return TorchEngine.from_pretrained(
+            self.model_config["model"],
+            dtype=self.model_config.get("dtype", "float32"),
+            deterministic=self.deterministic,
+            **self.engine_kwargs,
+        )
+
+    def _set(self, **values: Any) -> Self:
+        for name, value in values.items():
+            if value is not NotProvided:
+                setattr(self, name, value)
+        return self

@@ -1,0 +1,114 @@
+"""Names and formulas of what is measured on trees.
+
+All means are over one iteration's trees, computed where the trees are, so that no
+number mixes iterations or forgets a runner.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from ray.rllib.utils.metrics import EPISODE_LEN_MEAN, EPISODE_RETURN_MEAN
+
+from rllib_arpo.tree import RolloutTree, Segment, count_tool_calls, path
+
+REWARD_MEAN = "reward_mean"
+REWARD_STD = "reward_std"
+ACCURACY = "accuracy"
+FORMAT_ERROR_SHARE = "format_error_share"
+TRUNCATED_SHARE = "truncated_share"
+TOOL_CALLS_PER_TRAJECTORY = "tool_calls_per_trajectory"
+NUM_TOOL_CALLS = "num_tool_calls"
+TOOL_FAILURE_SHARE = "tool_failure_share"
+TOOL_ERROR_SHARE = "tool_error_share"
+TOOL_LATENCY_S = "tool_latency_s"
+ENTROPY_AFTER_TOOL = "entropy_after_tool"
+ENTROPY_ELSEWHERE = "entropy_elsewhere"
+BRANCHES_PER_TREE = "branches_per_tree"
+REFILLS_PER_TREE = "refills_per_tree"
+DEGENERATE_GROUP_SHARE = "degenerate_group_share"
+RESPONSE_TOKENS = "response_tokens"
+NUM_TOKENS_SAMPLED = "num_tokens_sampled"
+TOKENS_UNIQUE = "tokens_unique"
+TOKENS_PATHS = "tokens_paths"
+NUM_TREES_REQUEUED = "num_trees_requeued"
+DYNAMIC_SAMPLING_ROUNDS = "dynamic_sampling_rounds"
+ENGINE_METRICS = "engine"
+
+
+def tree_metrics(
+    trees: Sequence[RolloutTree], *, entropy_probe_tokens: int
+) -> dict[str, float]:
+    """What an iteration's trees look like.
+
+    Args:
+        trees: at least one.
+        entropy_probe_tokens: k; entropies of the first k tokens after a tool result
+            are told apart from all others (paper, figure 2).
+
+    Returns:
+        A flat dict. Entropies are in nats; shares lie in [0, 1]; "per trajectory"
+        counts a shared segment once for each leaf below it, totals count it once.
+    """
+    leaves = [(tree, leaf) for tree in trees for leaf in tree.leaves]
+    paths = [[tree.segments[i] for i in path(tree, leaf)] for tree, leaf in leaves]
+    segments = [segment for tree in trees for segment in tree.segments]
+    calls = [s.tool_call for s in segments if s.tool_call is not None]
+    executed = [call for call in calls if call.status != "refused"]
+    after, elsewhere = _split_entropies(trees, entropy_probe_tokens)
+    rewards = np.array([leaf.reward for _, leaf in leaves])
+    model_tokens = [len(s.token_ids) for s in segments if s.role == "model"]
+    return {
+        REWARD_MEAN: float(rewards.mean()),
+        EPISODE_RETURN_MEAN: float(rewards.mean()),
+        REWARD_STD: float(rewards.std()),
+        ACCURACY: _mean(
+            [leaf.reward_parts.get("accuracy", leaf.reward) for _, leaf in leaves]
+        ),
+        FORMAT_ERROR_SHARE: _mean(
+            [leaf.reward_parts.get("format", 0.0) < 0 for _, leaf in leaves]
+        ),
+        TRUNCATED_SHARE: _mean([leaf.end == "length" for _, leaf in leaves]),
+        EPISODE_LEN_MEAN: _mean([sum(s.role == "model" for s in p) for p in paths]),
+        TOOL_CALLS_PER_TRAJECTORY: _mean([count_tool_calls(p) for p in paths]),
+        NUM_TOOL_CALLS: float(len(executed)),
+        TOOL_FAILURE_SHARE: _mean(
+            [call.status in ("unavailable", "timeout") for call in executed]
+        ),
+        TOOL_ERROR_SHARE: _mean([call.status == "error" for call in executed]),
+        TOOL_LATENCY_S: _mean([call.latency_s for call in executed]),
+        ENTROPY_AFTER_TOOL: _mean(after),
+        ENTROPY_ELSEWHERE: _mean(elsewhere),
+        BRANCHES_PER_TREE: sum(leaf.origin == "branch" for _, leaf in leaves)
+        / len(trees),
+        REFILLS_PER_TREE: sum(leaf.origin == "refill" for _, leaf in leaves)
+        / len(trees),
+        DEGENERATE_GROUP_SHARE: _mean([np.ptp(tree.rewards) == 0 for tree in trees]),
+        RESPONSE_TOKENS: _mean([sum(len(s.token_ids) for s in p[1:]) for p in paths]),
+        NUM_TOKENS_SAMPLED: float(sum(model_tokens)),
+        TOKENS_UNIQUE: float(sum(tree.num_tokens for tree in trees)),
+        TOKENS_PATHS: float(sum(len(s.token_ids) for p in paths for s in p)),
+    }
+
+
+def _split_entropies(
+    trees: Sequence[RolloutTree], k: int
+) -> tuple[list[float], list[float]]:
+    after: list[float] = []
+    elsewhere: list[float] = []
+    for tree in trees:
+        for segment in tree.segments:
+            if segment.role == "model":
+                probe = k if _follows_tool(tree, segment) else 0
+                after.extend(segment.entropies[:probe])
+                elsewhere.extend(segment.entropies[probe:])
+    return after, elsewhere
+
+
+def _follows_tool(tree: RolloutTree, segment: Segment) -> bool:
+    assert segment.parent is not None
+    return tree.segments[segment.parent].tool_call is not None
+
+
+def _mean(values: Sequence[float | bool]) -> float:
+    """Mean, 0 for nothing: a share of no calls, an entropy of no tokens."""
+    return float(np.mean(values)) if len(values) else 0.0

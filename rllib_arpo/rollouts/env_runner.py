@@ -1,0 +1,314 @@
+"""`ARPOEnvRunner`: an RLlib EnvRunner that turns tasks into trees.
+
+It owns one environment (a pattern that every path forks), one engine, and one event
+loop in a thread of its own, on which all paths of all trees run.
+
+1. The Algorithm hands it tasks; a runner has no data of its own. Without tasks (a
+   user's own evaluation loop) it goes through `train_tasks` by itself.
+2. Weights are taken whenever the sequence number differs from the current one, also
+   downwards: after a restore, the older weights are the right ones.
+"""
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+import ray
+from ray.rllib.callbacks.utils import make_callback
+from ray.rllib.core import (
+    COMPONENT_RL_MODULE,
+    DEFAULT_AGENT_ID,
+    DEFAULT_MODULE_ID,
+)
+from ray.rllib.env import INPUT_ENV_SINGLE_SPACES, INPUT_ENV_SPACES
+from ray.rllib.env.env_context import EnvContext
+from ray.rllib.env.env_runner import EnvRunner
+from ray.rllib.utils.annotations import override
+from ray.rllib.utils.checkpoints import Checkpointable
+from ray.rllib.utils.metrics import (
+    NUM_AGENT_STEPS_SAMPLED,
+    NUM_AGENT_STEPS_SAMPLED_LIFETIME,
+    NUM_ENV_STEPS_SAMPLED,
+    NUM_ENV_STEPS_SAMPLED_LIFETIME,
+    NUM_EPISODES,
+    NUM_EPISODES_LIFETIME,
+    WEIGHTS_SEQ_NO,
+)
+
+from rllib_arpo.data.datasets import TaskCursor
+from rllib_arpo.data.sources import resolve_tasks
+from rllib_arpo.engines.engine import Engine, SamplingParams
+from rllib_arpo.errors import ARPOError, EngineError
+from rllib_arpo.metrics import ENGINE_METRICS
+from rllib_arpo.rollouts.branching import TreeSettings, derive_seed
+from rllib_arpo.rollouts.sampler import grow_tree
+from rllib_arpo.tree import RolloutTree, Task
+
+T = TypeVar("T")
+
+
+class ARPOEnvRunner(EnvRunner, Checkpointable):
+    """Grows trees for the tasks that it is given."""
+
+    @override(EnvRunner)
+    def __init__(self, *, config: Any, **kwargs: Any) -> None:
+        super().__init__(config=config, **kwargs)
+        self.worker_index = self.worker_index or 0
+        self._env_creator = kwargs.get("env_creator")
+        self._callbacks = [cls() for cls in _as_list(self.config.callbacks_class)]
+        self._weights_seq_no = 0
+        self._cursor: TaskCursor | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="rollouts", daemon=True
+        )
+        self._thread.start()
+        self.make_env()
+        self.make_module()
+
+    @override(EnvRunner)
+    def make_env(self) -> None:
+        if self.env is not None:
+            self.env.close()
+        context = EnvContext(
+            {"tokenizer": self.config.model_config["model"], **self.config.env_config},
+            worker_index=self.worker_index,
+            num_workers=self.num_workers,
+        )
+        creator = self._env_creator or self.config.env
+        self.env = getattr(creator(context), "unwrapped", None)
+        make_callback(
+            "on_environment_created",
+            callbacks_objects=self._callbacks,
+            callbacks_functions=self.config.callbacks_on_environment_created,
+            kwargs={
+                "env_runner": self,
+                "metrics_logger": self.metrics,
+                "env": self.env,
+                "env_context": context,
+            },
+        )
+
+    @override(EnvRunner)
+    def make_module(self) -> None:
+        """Start the engine; an EnvRunner has no RLModule beside it."""
+        self.engine: Engine = self._run(_call(self.config.make_engine))
+
+    @override(EnvRunner)
+    def assert_healthy(self) -> None:
+        assert self.env is not None and self.engine is not None
+
+    @override(EnvRunner)
+    def get_spaces(self) -> dict[str, Any]:
+        spaces = (self.env.observation_space, self.env.action_space)
+        return {
+            INPUT_ENV_SPACES: spaces,
+            INPUT_ENV_SINGLE_SPACES: spaces,
+            DEFAULT_MODULE_ID: spaces,
+            DEFAULT_AGENT_ID: spaces,
+        }
+
+    @override(EnvRunner)
+    def sample(
+        self,
+        *,
+        tasks: Sequence[Task] | None = None,
+        seeds: Sequence[int] | None = None,
+        tree_settings: TreeSettings | None = None,
+        sampling: SamplingParams | None = None,
+        num_episodes: int | None = None,
+        num_timesteps: int | None = None,
+        explore: bool | None = None,
+        random_actions: bool = False,
+        force_reset: bool = False,
+        **kwargs: Any,
+    ) -> list[RolloutTree]:
+        """Grow one tree per task, all at once.
+
+        Args:
+            tasks: the questions; without them `num_episodes` of the runner's own.
+            seeds: one per task; same seed, task and weights, same tree.
+            tree_settings: in place of the config's.
+            sampling: in place of the config's.
+            num_episodes: how many trees to grow when no tasks are given.
+            num_timesteps: as many trees as that, since a tree has at least one turn.
+            explore: False samples greedily.
+            random_actions: not used; part of RLlib's signature.
+            force_reset: not used; every tree starts with a reset.
+            **kwargs: not used; part of RLlib's signature.
+
+        Raises:
+            EngineError: the engine failed.
+            RewardError: a reward function failed.
+        """
+        if tasks is None:
+            tasks = self._own_tasks(num_episodes or num_timesteps or 1)
+        if seeds is None:
+            seeds = [
+                derive_seed(self._seed or 0, self.num_env_steps_sampled_lifetime, i)
+                for i in range(len(tasks))
+            ]
+        sampling = sampling or self.config.sampling_params()
+        if explore is False:
+            sampling = SamplingParams(temperature=0.0)
+        trees = self._run(
+            self._grow(
+                tasks, seeds, tree_settings or self.config.tree_settings(), sampling
+            )
+        )
+        self._log(trees)
+        make_callback(
+            "on_sample_end",
+            callbacks_objects=self._callbacks,
+            callbacks_functions=self.config.callbacks_on_sample_end,
+            kwargs={
+                "env_runner": self,
+                "metrics_logger": self.metrics,
+                "samples": trees,
+            },
+        )
+        return trees
+
+    def sample_and_get_metrics(
+        self, **kwargs: Any
+    ) -> tuple[list[RolloutTree], dict[str, Any]] | ARPOError:
+        """`sample` and `get_metrics` in one remote call.
+
+        An error of the user's reward, data or settings is returned, not raised:
+        RLlib would restart the actor, which cures nothing, and hide the message.
+        """
+        try:
+            return self.sample(**kwargs), self.get_metrics()
+        except EngineError:
+            raise
+        except ARPOError as error:
+            return error
+
+    async def _grow(
+        self,
+        tasks: Sequence[Task],
+        seeds: Sequence[int],
+        settings: TreeSettings,
+        sampling: SamplingParams,
+    ) -> list[RolloutTree]:
+        vocab_size = self.env.action_space.vocab_size
+        try:
+            async with asyncio.TaskGroup() as group:
+                growing = [
+                    group.create_task(
+                        grow_tree(
+                            task,
+                            env=self.env,
+                            engine=self.engine,
+                            settings=settings,
+                            sampling=sampling,
+                            vocab_size=vocab_size,
+                            seed=seed,
+                        )
+                    )
+                    for task, seed in zip(tasks, seeds, strict=True)
+                ]
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from failed
+        return [tree.result() for tree in growing]
+
+    def _own_tasks(self, count: int) -> list[Task]:
+        if self._cursor is None:
+            tasks = resolve_tasks(self.config.train_tasks, setting="train_tasks")
+            self._cursor = TaskCursor(tasks, seed=self._seed or 0)
+        return self._cursor.next(count)
+
+    def _log(self, trees: Sequence[RolloutTree]) -> None:
+        steps = sum(len(tree) for tree in trees)
+        self.num_env_steps_sampled_lifetime += steps
+        for key, value, reduce in (
+            (NUM_ENV_STEPS_SAMPLED, steps, "sum"),
+            (NUM_ENV_STEPS_SAMPLED_LIFETIME, steps, "lifetime_sum"),
+            (NUM_AGENT_STEPS_SAMPLED, {DEFAULT_AGENT_ID: steps}, "sum"),
+            (
+                NUM_AGENT_STEPS_SAMPLED_LIFETIME,
+                {DEFAULT_AGENT_ID: steps},
+                "lifetime_sum",
+            ),
+            (NUM_EPISODES, len(trees), "sum"),
+            (NUM_EPISODES_LIFETIME, len(trees), "lifetime_sum"),
+        ):
+            if isinstance(value, dict):
+                self.metrics.log_dict(value, key=key, reduce=reduce)
+            else:
+                self.metrics.log_value(
+                    key,
+                    value,
+                    reduce=reduce,
+                    with_throughput=key == NUM_ENV_STEPS_SAMPLED_LIFETIME,
+                )
+        for name, value in self.engine.metrics().items():
+            self.metrics.log_value((ENGINE_METRICS, name), value, window=1)
+
+    @override(EnvRunner)
+    def get_metrics(self) -> dict[str, Any]:
+        return self.metrics.reduce()
+
+    @override(Checkpointable)
+    def get_state(
+        self, components: Any = None, *, not_components: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            NUM_ENV_STEPS_SAMPLED_LIFETIME: self.num_env_steps_sampled_lifetime
+        }
+        if self._cursor is not None:
+            state["task_cursor"] = self._cursor.get_state()
+        return state
+
+    @override(Checkpointable)
+    def set_state(self, state: dict[str, Any]) -> None:
+        if COMPONENT_RL_MODULE in state:
+            version = state.get(WEIGHTS_SEQ_NO, 0)
+            if version == 0 or version != self._weights_seq_no:
+                weights = state[COMPONENT_RL_MODULE]
+                if isinstance(weights, ray.ObjectRef):
+                    weights = ray.get(weights)
+                weights = weights.get(DEFAULT_MODULE_ID, weights)
+                self._run(_call(self.engine.update_weights, version, weights))
+            self._weights_seq_no = version
+        if NUM_ENV_STEPS_SAMPLED_LIFETIME in state:
+            self.num_env_steps_sampled_lifetime = state[NUM_ENV_STEPS_SAMPLED_LIFETIME]
+        if "task_cursor" in state:
+            self._own_tasks(0)
+            assert self._cursor is not None
+            self._cursor.set_state(state["task_cursor"])
+
+    @override(Checkpointable)
+    def get_ctor_args_and_kwargs(self) -> tuple[tuple[()], dict[str, Any]]:
+        return (), {"config": self.config}
+
+    @override(Checkpointable)
+    def get_checkpointable_components(self) -> list[tuple[str, Any]]:
+        return []
+
+    @override(EnvRunner)
+    def stop(self) -> None:
+        self._run(_call(self.engine.close))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        if self.env is not None:
+            self.env.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            # Ctrl-C reaches the caller's thread only: stop the paths too.
+            future.cancel()
+            raise
+
+
+async def _call(function: Any, *args: Any) -> Any:
+    return function(*args)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
