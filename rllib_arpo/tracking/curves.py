@@ -221,8 +221,10 @@ def _draw(runs: Sequence[Series]) -> Figure:
             axes.grid(axis="y", color="0.9", linewidth=0.8)
             axes.set_axisbelow(True)
             axes.xaxis.get_major_locator().set_params(integer=True)
+            if panel.stacked:
+                axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # the legend's room
             if len(panel.keys) > 1:
-                axes.legend(frameon=False, fontsize=9)
+                axes.legend(frameon=False, fontsize=9, ncols=2 if panel.stacked else 1)
     return figure
 
 
@@ -239,7 +241,7 @@ def _draw_lines(
         iterations, values = _align(runs, key)
         mean = _over_runs(np.nanmean, values)
         # A lone point between gaps has no line to show it.
-        marker = "." if len(iterations) < 30 or np.isnan(mean).any() else ""
+        marker = "." if np.isfinite(mean).sum() < 60 else ""
         axes.plot(
             iterations,
             mean,

