@@ -1,0 +1,172 @@
+"""Optimizers and the learning rate of each step.
+
+AdamW for everything, or Muon for the matrices inside the layers with AdamW for the
+rest. The learning rate is a pure function of the number of optimizer steps done, so
+that one integer restores the schedule. RLlib's own schedules count environment steps.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rllib_arpo.errors import ConfigError
+from rllib_arpo.rl_module import to_numpy, to_tensor
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+MUON_MOMENTUM = 0.95
+
+
+class NamedOptimizer(NamedTuple):
+    """An optimizer, the parameters it owns and its learning rate at factor 1."""
+
+    name: str
+    optimizer: torch.optim.Optimizer
+    parameters: list[nn.Parameter]
+    peak_lr: float
+
+
+def build_optimizers(
+    model: PreTrainedModel,
+    *,
+    optimizer: Literal["adamw", "muon"],
+    lr: float,
+    muon_lr: float,
+    weight_decay: float,
+    adam_betas: tuple[float, float],
+) -> list[NamedOptimizer]:
+    """Optimizers that own every trainable parameter of `model` exactly once.
+
+    Norms and biases (fewer than two dimensions) are not decayed. With "muon" (Jordan
+    et al. 2024; learning rate matched to AdamW's update size, Liu et al.,
+    arXiv:2502.16982, eq. 4) the matrices inside the layers go to Muon, embeddings and
+    head stay with AdamW.
+
+    Args:
+        model: the Hugging Face model.
+        optimizer: "adamw" or "muon".
+        lr: AdamW's learning rate.
+        muon_lr: Muon's learning rate.
+        weight_decay: decoupled weight decay of both.
+        adam_betas: AdamW's β₁, β₂.
+
+    Raises:
+        ConfigError: no such optimizer.
+    """
+    if optimizer not in ("adamw", "muon"):
+        raise ConfigError(f"optimizer is {optimizer!r}: expected 'adamw' or 'muon'")
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices: list[nn.Parameter] = []
+    if optimizer == "muon":
+        outer = _embedding_ids(model)
+        matrices = [p for p in trainable if p.ndim == 2 and id(p) not in outer]
+    inner = {id(p) for p in matrices}
+    rest = [p for p in trainable if id(p) not in inner]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    built: list[NamedOptimizer] = []
+    if groups:
+        adamw = torch.optim.AdamW(groups, lr=lr, betas=tuple(adam_betas), fused=True)
+        built.append(NamedOptimizer("adamw", adamw, rest, lr))
+    if matrices:
+        muon = torch.optim.Muon(
+            matrices,
+            lr=muon_lr,
+            weight_decay=weight_decay,
+            momentum=MUON_MOMENTUM,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        built.append(NamedOptimizer("muon", muon, matrices, muon_lr))
+    return built
+
+
+def _embedding_ids(model: PreTrainedModel) -> set[int]:
+    outer = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for p in module.parameters()
+    }
+    head = model.get_output_embeddings()
+    return outer | ({id(p) for p in head.parameters()} if head is not None else set())
+
+
+def learning_rate_factor(
+    step: int,
+    *,
+    schedule: Schedule,
+    warmup_steps: int,
+    total_steps: int | None,
+) -> float:
+    """What the peak learning rates are multiplied with in one step.
+
+        step < W     (step + 1) / W
+        linear       1 - p            p = (step - W) / (total - W), at most 1
+        cosine       (1 + cos πp) / 2
+
+    Args:
+        step: optimizer steps done so far.
+        schedule: shape after the warm-up.
+        warmup_steps: W.
+        total_steps: where linear and cosine reach 0, warm-up included.
+
+    Returns:
+        A number in [0, 1]; the first step's is never 0.
+
+    Raises:
+        ConfigError: no such schedule, or `total_steps` is missing.
+    """
+    if schedule not in ("constant", "linear", "cosine"):
+        raise ConfigError(
+            f"lr_schedule is {schedule!r}: expected 'constant', 'linear' or 'cosine'"
+        )
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    if total_steps is None:
+        raise ConfigError(
+            f"lr_schedule {schedule!r} needs `lr_total_steps`: the number of optimizer "
+            "steps after which the learning rate is 0"
+        )
+    progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+    if schedule == "linear":
+        return 1.0 - progress
+    return (1.0 + math.cos(math.pi * progress)) / 2
+
+
+def set_learning_rate(built: list[NamedOptimizer], factor: float) -> None:
+    """Give every parameter group its peak learning rate times `factor`."""
+    for named in built:
+        for group in named.optimizer.param_groups:
+            group["lr"] = named.peak_lr * factor
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state dict with numpy arrays in place of tensors."""
+    return _map_leaves(optimizer.state_dict(), torch.Tensor, to_numpy)
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Take back what `optimizer_state` gave."""
+    optimizer.load_state_dict(_map_leaves(state, np.ndarray, to_tensor))
+
+
+def _map_leaves(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _map_leaves(v, kind, function) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_map_leaves(v, kind, function) for v in value]
+    return value

@@ -1,0 +1,130 @@
+"""Sums over micro-batches and over learners.
+
+A step's figures are sums over its loss tokens; they are added up on the device, read
+once, and merged over learners. A learner without rows takes part with nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+BUCKET_NUMBERS = 2**24
+
+
+class TokenLosses(NamedTuple):
+    """Losses and figures of one micro-batch.
+
+    Attributes:
+        loss: [B, T], carries the gradient; entries outside the loss mask are ignored.
+        metrics: [B, T] each; logged as the mean over all loss tokens of the update.
+        maxima: [B, T] each; logged as the maximum over them.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    maxima: dict[str, Tensor]
+
+
+@dataclass(kw_only=True)
+class StepTotals:
+    """Figures of one optimizer step.
+
+    Attributes:
+        loss: the exact loss of the step.
+        num_tokens: loss tokens.
+        sums: sum of each metric over them.
+        maxima: maximum of each.
+        grad_norm: before clipping; not finite if any learner's was not.
+    """
+
+    loss: float = 0.0
+    num_tokens: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+    grad_norm: float = 0.0
+
+    def add(self, other: "StepTotals") -> None:
+        """Add the figures of another learner, or of another step."""
+        self.loss += other.loss
+        self.num_tokens += other.num_tokens
+        for name, value in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        for name, value in other.maxima.items():
+            self.maxima[name] = max(self.maxima.get(name, value), value)
+        # `max` would drop a NaN.
+        if not other.grad_norm <= self.grad_norm:
+            self.grad_norm = other.grad_norm
+
+
+class MicrobatchSums:
+    """Adds up micro-batches on the device, without waiting for it."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self._sums: list[Tensor] = []
+        self._maxima: list[Tensor] = []
+        self._names: tuple[list[str], list[str]] = ([], [])
+
+    def add(self, loss: Tensor, token_losses: TokenLosses, mask: Tensor) -> None:
+        """Take one micro-batch's loss [] and its figures where `mask` [B, T] is set."""
+        self._names = list(token_losses.metrics), list(token_losses.maxima)
+        self._losses.append(loss.detach())
+        for tensors, sums in (
+            (token_losses.metrics, self._sums),
+            (token_losses.maxima, self._maxima),
+        ):
+            if tensors:
+                chosen = torch.stack([t.detach()[mask] for t in tensors.values()])
+                sums.append(chosen.sum(-1) if sums is self._sums else chosen.amax(-1))
+
+    def totals(self, num_tokens: int, grad_norm: Tensor) -> StepTotals:
+        """Read everything at once."""
+        totals = StepTotals(num_tokens=num_tokens, grad_norm=float(grad_norm))
+        if self._losses:
+            totals.loss = float(torch.stack(self._losses).sum())
+        if self._sums:
+            values = torch.stack(self._sums).sum(0).tolist()
+            totals.sums = dict(zip(self._names[0], values, strict=True))
+        if self._maxima:
+            values = torch.stack(self._maxima).amax(0).tolist()
+            totals.maxima = dict(zip(self._names[1], values, strict=True))
+        return totals
+
+
+def gather(value: T, *, distributed: bool) -> list[T]:
+    """Every learner's value, in the order of ranks."""
+    if not distributed:
+        return [value]
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Sum gradients over learners in buckets; a missing one counts as zero."""
+    bucket: list[Tensor] = []
+    size = 0
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        bucket.append(parameter.grad)
+        size += parameter.numel()
+        if size >= BUCKET_NUMBERS:
+            _sum_bucket(bucket)
+            bucket, size = [], 0
+    if bucket:
+        _sum_bucket(bucket)
+
+
+def _sum_bucket(bucket: list[Tensor]) -> None:
+    flat = torch.cat([gradient.flatten() for gradient in bucket])
+    dist.all_reduce(flat)
+    parts = flat.split([gradient.numel() for gradient in bucket])
+    for gradient, part in zip(bucket, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))

@@ -1,0 +1,453 @@
+"""The learner: RLlib's host, our loop.
+
+One `update()` takes `num_epochs` times ⌈trees / minibatch_size⌉ optimizer steps:
+
+    trees ─ connectors ─► rows ─ per epoch: shuffle trees, split into minibatches
+    minibatch ─ rows of similar length ─► micro-batches ─► Σ gradients ─► one step
+
+Where this differs from RLlib's own loop, and why:
+1. A minibatch is a number of trees. RLlib's slices rows and repeats rows to fill the
+   last slice.
+2. The loss is divided by the token (or row) count of the whole step over all learners,
+   so micro-batches and learners add up to the exact full-batch gradient. Gradients are
+   summed by hand after the last micro-batch; learners may differ in their number.
+3. One check of the total gradient norm decides for all learners whether to step.
+4. The learning rate follows the number of optimizer steps, and is checkpointed.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.learner.learner import Learner
+from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+from ray.rllib.core.learner.training_data import TrainingData
+from ray.rllib.utils.annotations import override
+from ray.rllib.utils.metrics import (
+    ALL_MODULES,
+    NUM_ENV_STEPS_TRAINED,
+    NUM_ENV_STEPS_TRAINED_LIFETIME,
+    WEIGHTS_SEQ_NO,
+)
+from torch import Tensor
+
+from rllib_arpo.errors import ConfigError
+from rllib_arpo.learner import losses, packing
+from rllib_arpo.learner.connectors import REWARD_MEAN, REWARD_STD
+from rllib_arpo.learner.optimizers import (
+    NamedOptimizer,
+    build_optimizers,
+    learning_rate_factor,
+    load_optimizer_state,
+    optimizer_state,
+    set_learning_rate,
+)
+from rllib_arpo.learner.reduction import (
+    MicrobatchSums,
+    StepTotals,
+    TokenLosses,
+    gather,
+    sum_gradients,
+)
+from rllib_arpo.learner.training_data import TreeTrainingData, as_tree_data
+from rllib_arpo.rl_module import CausalLMRLModule, to_numpy
+
+SCHEDULE = "schedule"
+DIFFERENCE = "sampler_logprob_difference"
+
+
+class ARPOTorchLearner(TorchLearner):
+    """Trains a `CausalLMRLModule` on rollout trees.
+
+    To change the objective, override `compute_token_losses`.
+    """
+
+    entropy_needed = True
+
+    @override(TorchLearner)
+    def build(self) -> None:
+        self.num_optimizer_steps = 0
+        self.num_skipped_steps = 0
+        self.named_optimizers: list[NamedOptimizer] = []
+        super().build()
+        if self.distributed:
+            for parameter in self.language_model.parameters():
+                dist.broadcast(parameter.data, src=0)
+
+    @property
+    def language_model(self) -> CausalLMRLModule:
+        """The module being trained."""
+        return self.module[DEFAULT_MODULE_ID]
+
+    @override(TorchLearner)
+    def _make_modules_ddp_if_necessary(self) -> None:
+        """Gradients are summed by `_reduce_gradients`."""
+
+    @override(TorchLearner)
+    def configure_optimizers_for_module(
+        self, module_id: str, config: Any = None
+    ) -> None:
+        self.named_optimizers = build_optimizers(
+            self.module[module_id].model,
+            optimizer=config.optimizer,
+            lr=config.lr,
+            muon_lr=config.muon_lr,
+            weight_decay=config.weight_decay,
+            adam_betas=config.adam_betas,
+        )
+        for named in self.named_optimizers:
+            self.register_optimizer(
+                module_id=module_id,
+                optimizer_name=named.name,
+                optimizer=named.optimizer,
+                params=named.parameters,
+            )
+
+    @override(Learner)
+    def update(
+        self,
+        batch: Any = None,
+        batches: Any = None,
+        batch_refs: Any = None,
+        episodes: Any = None,
+        episodes_refs: Any = None,
+        data_iterators: Any = None,
+        training_data: TrainingData | None = None,
+        *,
+        timesteps: dict[str, Any] | None = None,
+        num_total_minibatches: int = 0,
+        num_epochs: int | None = None,
+        minibatch_size: int | None = None,
+        shuffle_batch_per_epoch: bool = True,
+        _no_metrics_reduce: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Train on whole trees.
+
+        Args:
+            batch: not supported, as are the other stock forms of data.
+            batches: not supported.
+            batch_refs: not supported.
+            episodes: list of trees, instead of `training_data`.
+            episodes_refs: Ray references to them.
+            data_iterators: not supported.
+            training_data: a `TreeTrainingData`.
+            timesteps: RLlib's step counters, passed to the hooks.
+            num_total_minibatches: unused, learners agree on it themselves.
+            num_epochs: default `config.num_epochs`.
+            minibatch_size: trees per step and learner, default
+                `config.minibatch_size`; None takes all trees in one step.
+            shuffle_batch_per_epoch: shuffle the trees in each epoch.
+            _no_metrics_reduce: RLlib's, leaves the metrics unreduced.
+            kwargs: further arguments of `LearnerGroup.update`, unused.
+
+        Returns:
+            RLlib's reduced metrics.
+        """
+        self._check_is_built()
+        self.before_gradient_based_update(timesteps=timesteps or {})
+        data = as_tree_data(training_data, episodes, episodes_refs)
+        trees = data.episodes or []
+        self._weights_seq_no += 1
+        columns = self.prepare_columns(self._run_connectors(data))
+        steps = [
+            self._train_step(columns, rows)
+            for rows in self._minibatches(
+                columns,
+                num_trees=len(trees),
+                num_epochs=num_epochs or self.config.num_epochs,
+                minibatch_size=minibatch_size or self.config.minibatch_size,
+                shuffle=shuffle_batch_per_epoch,
+            )
+        ]
+        self._log_results([step for step in steps if step is not None])
+        for key, reduce in (
+            (NUM_ENV_STEPS_TRAINED, "sum"),
+            (NUM_ENV_STEPS_TRAINED_LIFETIME, "lifetime_sum"),
+        ):
+            self.metrics.log_value(
+                (ALL_MODULES, key), sum(map(len, trees)), reduce=reduce
+            )
+        self.after_gradient_based_update(timesteps=timesteps or {})
+        return None if _no_metrics_reduce else self.metrics.reduce()
+
+    def _run_connectors(self, data: TreeTrainingData) -> packing.FlatColumns:
+        if not data.episodes:
+            return packing.pack_paths([])
+        shared_data = {REWARD_MEAN: data.reward_mean, REWARD_STD: data.reward_std}
+        batch = self._learner_connector(
+            rl_module=self.module,
+            batch={},
+            episodes=data.episodes,
+            shared_data=shared_data,
+            metrics=self.metrics,
+        )
+        return batch[DEFAULT_MODULE_ID]
+
+    def prepare_columns(self, columns: packing.FlatColumns) -> packing.FlatColumns:
+        """Add `old_logprobs`: the sampler's, or recomputed before the first step."""
+        old = columns[packing.ROLLOUT_LOGPROBS]
+        if self.config.old_logprobs == "recompute":
+            old = self._score_rows(columns)
+        return {**columns, packing.OLD_LOGPROBS: old}
+
+    @torch.no_grad()
+    def _score_rows(self, columns: packing.FlatColumns) -> np.ndarray:
+        """[N] float32 log-probabilities under the weights as they are."""
+        lengths = columns[packing.ROW_LENGTHS]
+        scores = np.zeros(len(columns[packing.TOKEN_IDS]), np.float32)
+        for rows in self._microbatches(columns, np.arange(len(lengths))):
+            logprobs = self._forward(columns, rows, "none")[1]["logprobs"]
+            index, valid = packing.row_index(lengths, rows)
+            scores[index[valid]] = to_numpy(logprobs)[valid]
+        return scores
+
+    def _minibatches(
+        self,
+        columns: packing.FlatColumns,
+        *,
+        num_trees: int,
+        num_epochs: int,
+        minibatch_size: int | None,
+        shuffle: bool,
+    ) -> Iterator[np.ndarray]:
+        """Row indices of each optimizer step; equally many steps on all learners."""
+        wanted = math.ceil(num_trees / (minibatch_size or max(num_trees, 1)))
+        num_steps = max(gather(wanted, distributed=self.distributed))
+        if num_steps == 0:
+            return
+        for epoch in range(num_epochs):
+            order = np.arange(num_trees)
+            if shuffle:
+                seed = (self.config.seed or 0, self._weights_seq_no, epoch)
+                np.random.default_rng(seed).shuffle(order)
+            for part in np.array_split(order, num_steps):
+                yield np.flatnonzero(np.isin(columns[packing.TREE_INDEX], part))
+
+    def _microbatches(
+        self, columns: packing.FlatColumns, rows: np.ndarray
+    ) -> list[np.ndarray]:
+        return packing.split_rows(
+            columns[packing.ROW_LENGTHS],
+            rows,
+            max_tokens=self.config.max_tokens_per_microbatch,
+        )
+
+    def _forward(
+        self, columns: packing.FlatColumns, rows: np.ndarray, entropy: str
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        batch: dict[str, Any] = packing.collate(columns, rows, device=self._device)
+        batch["temperature"] = self.temperature
+        batch["entropy"] = entropy
+        return batch, self.language_model.forward_train(batch)
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the distribution that the tokens were sampled from."""
+        return self.config.temperature
+
+    @property
+    def _entropy_mode(self) -> str:
+        if not self.entropy_needed:
+            return "none"
+        return "gradient" if self.config.entropy_coeff else "value"
+
+    def compute_token_losses(
+        self, batch: Mapping[str, Any], fwd_out: Mapping[str, Tensor]
+    ) -> TokenLosses:
+        """The objective, one value per token; override it to change the algorithm.
+
+            L = w·L_policy + β·KL - c·H        (see `losses` for each term)
+
+        Args:
+            batch: a padded micro-batch, as from `packing.collate`.
+            fwd_out: what `CausalLMRLModule._forward_train` returned.
+
+        Returns:
+            Losses and metrics, all [B, T].
+        """
+        config = self.config
+        logprobs = fwd_out["logprobs"]
+        rollout, old = batch[packing.ROLLOUT_LOGPROBS], batch[packing.OLD_LOGPROBS]
+        policy = losses.policy_loss(
+            logprobs,
+            old,
+            batch[packing.ADVANTAGES],
+            clip_param=config.clip_param,
+            clip_param_high=config.clip_param_high,
+            dual_clip=config.dual_clip,
+        )
+        loss = policy.loss
+        metrics = {
+            "policy_loss": policy.loss,
+            "entropy": fwd_out["entropies"],
+            "clip_fraction": policy.clipped.float(),
+            "ratio_mean": policy.ratio,
+            "kl_to_sampler": losses.kl_k3(logprobs, rollout),
+            DIFFERENCE: (logprobs - rollout).abs(),
+        }
+        if config.tis_cap is not None:
+            weights = losses.importance_weights(old, rollout, cap=config.tis_cap)
+            loss = weights * loss
+            metrics["tis_fraction_capped"] = (weights >= config.tis_cap).float()
+        if config.kl_coeff:
+            kl = losses.kl_k3(logprobs, fwd_out["ref_logprobs"])
+            loss = loss + config.kl_coeff * kl
+            metrics["kl"] = kl
+        if config.entropy_coeff:
+            loss = loss - config.entropy_coeff * fwd_out["entropies"]
+        return TokenLosses(loss, metrics, {"ratio_max": policy.ratio})
+
+    @override(Learner)
+    def compute_loss_for_module(
+        self,
+        *,
+        module_id: str,
+        config: Any,
+        batch: dict[str, Any],
+        fwd_out: dict[str, Tensor],
+    ) -> Tensor:
+        """RLlib's hook: the loss of a padded batch taken as one whole step."""
+        mask = batch[packing.LOSS_MASK]
+        token_mean = config.loss_aggregation == "token_mean"
+        count = mask.sum() if token_mean else mask.any(-1).sum()
+        weights = losses.token_weights(
+            mask, aggregation=config.loss_aggregation, normalizer=float(count)
+        )
+        token_losses = self.compute_token_losses(batch, fwd_out)
+        return (weights * token_losses.loss.where(mask, 0.0)).sum()
+
+    def _train_step(
+        self, columns: packing.FlatColumns, rows: np.ndarray
+    ) -> StepTotals | None:
+        """One optimizer step; None when no learner has a loss token."""
+        tokens = packing.loss_tokens(columns)[rows]
+        counts = (int(tokens.sum()), int((tokens > 0).sum()))
+        num_tokens, num_rows = np.sum(gather(counts, distributed=self.distributed), 0)
+        if num_tokens == 0:
+            return None
+        aggregation = self.config.loss_aggregation
+        normalizer = num_tokens if aggregation == "token_mean" else num_rows
+        for named in self.named_optimizers:
+            named.optimizer.zero_grad(set_to_none=True)
+        sums = MicrobatchSums()
+        for chosen in self._microbatches(columns, rows[tokens > 0]):
+            batch, fwd_out = self._forward(columns, chosen, self._entropy_mode)
+            mask = batch[packing.LOSS_MASK]
+            token_losses = self.compute_token_losses(batch, fwd_out)
+            weights = losses.token_weights(
+                mask, aggregation=aggregation, normalizer=float(normalizer)
+            )
+            loss = (weights * token_losses.loss.where(mask, 0.0)).sum()
+            loss.backward()
+            sums.add(loss, token_losses, mask)
+        return self._apply_step(sums, counts[0])
+
+    def _apply_step(self, sums: MicrobatchSums, num_tokens: int) -> StepTotals:
+        """Clip and step, unless the gradient of any learner is not finite."""
+        parameters = [p for named in self.named_optimizers for p in named.parameters]
+        if self.distributed:
+            sum_gradients(parameters)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        totals = StepTotals()
+        for part in gather(sums.totals(num_tokens, norm), distributed=self.distributed):
+            totals.add(part)
+        if not math.isfinite(totals.grad_norm):
+            self.num_skipped_steps += 1
+            return totals
+        if self.config.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(
+                parameters, self.config.grad_clip, norm
+            )
+        set_learning_rate(self.named_optimizers, self.learning_rate_factor())
+        for named in self.named_optimizers:
+            named.optimizer.step()
+        self.num_optimizer_steps += 1
+        return totals
+
+    def learning_rate_factor(self) -> float:
+        """What the peak learning rates are multiplied with in the next step."""
+        return learning_rate_factor(
+            self.num_optimizer_steps,
+            schedule=self.config.lr_schedule,
+            warmup_steps=self.config.lr_warmup_steps,
+            total_steps=self.config.lr_total_steps,
+        )
+
+    def _log_results(self, steps: list[StepTotals]) -> None:
+        """Log the update: means over the loss tokens of the steps that were taken."""
+        values: dict[str, float] = {
+            "learning_rate": self.learning_rate_factor() * self.config.lr,
+            "num_optimizer_steps": self.num_optimizer_steps,
+            "num_skipped_steps": self.num_skipped_steps,
+        }
+        taken = [step for step in steps if math.isfinite(step.grad_norm)]
+        if taken:
+            update = StepTotals()
+            for step in taken:
+                update.add(step)
+            for name, value in update.sums.items():
+                values[name] = value / update.num_tokens
+            # Later steps differ from the sampler because they learned something.
+            if DIFFERENCE in taken[0].sums:
+                values[DIFFERENCE] = taken[0].sums[DIFFERENCE] / taken[0].num_tokens
+            values |= update.maxima
+            values["total_loss"] = update.loss / len(taken)
+            values["grad_norm"] = sum(step.grad_norm for step in taken) / len(taken)
+            values["num_tokens_trained"] = update.num_tokens
+        for name, value in values.items():
+            self.metrics.log_value((DEFAULT_MODULE_ID, name), value, window=1)
+
+    @override(TorchLearner)
+    def get_state(
+        self,
+        components: str | Collection[str] | None = None,
+        *,
+        not_components: str | Collection[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        state = super().get_state(components, not_components=not_components, **kwargs)
+        if self._check_component(SCHEDULE, components, not_components):
+            state[SCHEDULE] = {
+                "num_optimizer_steps": self.num_optimizer_steps,
+                "num_skipped_steps": self.num_skipped_steps,
+            }
+        return state
+
+    @override(TorchLearner)
+    def set_state(self, state: dict[str, Any]) -> None:
+        # The stock method ignores weights that are older than the ones in place; a
+        # checkpoint is restored whatever its age.
+        current, self._weights_seq_no = self._weights_seq_no, -1
+        super().set_state(state)
+        if self._weights_seq_no == -1:
+            self._weights_seq_no = state.get(WEIGHTS_SEQ_NO, current)
+        if SCHEDULE in state:
+            self.num_optimizer_steps = int(state[SCHEDULE]["num_optimizer_steps"])
+            self.num_skipped_steps = int(state[SCHEDULE]["num_skipped_steps"])
+
+    @override(TorchLearner)
+    def _get_optimizer_state(self) -> dict[str, Any]:
+        return {
+            name: {
+                "module_id": self._optimizer_name_to_module[name],
+                "state": optimizer_state(optimizer),
+            }
+            for name, optimizer in self._named_optimizers.items()
+        }
+
+    @override(TorchLearner)
+    def _set_optimizer_state(self, state: dict[str, Any]) -> None:
+        if state.keys() != self._named_optimizers.keys():
+            raise ConfigError(
+                f"the checkpoint holds optimizers {sorted(state)}, this run has "
+                f"{sorted(self._named_optimizers)}: keep the `optimizer` setting of "
+                "the run that saved it"
+            )
+        for name, saved in state.items():
+            load_optimizer_state(self._named_optimizers[name], saved["state"])
