@@ -35,7 +35,7 @@ def f1(answer: str, gold: str) -> float:
     """Harmonic mean of precision and recall of the words, in [0, 1]."""
     words, expected = _words(answer), _words(gold)
     if not words or not expected:
-        return float(words == expected)
+        return float(answer.strip() == gold.strip() != "")
     common = (Counter(words) & Counter(expected)).total()
     return 2 * common / (len(words) + len(expected))
 
