@@ -12,7 +12,7 @@ once; bfloat16 travels as the numpy dtype of `ml_dtypes`.
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.utils import logging
 
 from rllib_arpo.errors import ConfigError
 
@@ -221,7 +222,8 @@ class CausalLMRLModule(TorchRLModule):
             else tensor
             for name, tensor in self.model.state_dict().items()
         }
-        self.model.save_pretrained(folder, state_dict=state)
+        with quiet_loading():
+            self.model.save_pretrained(folder, state_dict=state)
         config_file = folder / "config.json"
         config = json.loads(config_file.read_text())
         config["dtype"] = str(self.compute_dtype).removeprefix("torch.")
@@ -308,23 +310,42 @@ def load_causal_lm(source: str, dtype: torch.dtype) -> PreTrainedModel:
     # Boundary: a wrong folder makes the library below raise about anything, and an
     # AttributeError in `setup` would be swallowed by RLlib.
     try:
-        config = AutoConfig.from_pretrained(name)
-        for key, value in config.to_dict().items():
-            if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
-                setattr(config, key, 0.0)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, output_loading_info=True
-        )
+        with quiet_loading():
+            return _load(name, dtype)
+    except ConfigError:
+        raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"cannot load model {source!r}: {reason}") from error
+
+
+def _load(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(name)
+    for key, value in config.to_dict().items():
+        if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
+            setattr(config, key, 0.0)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        name, config=config, dtype=dtype, output_loading_info=True
+    )
     absent = sorted(report["missing_keys"])
     if absent:
         raise ConfigError(
-            f"cannot load model {source!r}: its files lack {len(absent)} weights, "
+            f"cannot load model {name!r}: its files lack {len(absent)} weights, "
             f"first {absent[0]}"
         )
     return model
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No progress bars of the library, which would break into ours."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def head_is_plain(model: PreTrainedModel) -> bool:

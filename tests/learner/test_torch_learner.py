@@ -1,0 +1,336 @@
+"""The learner's loop: exact gradients, whole trees, restored state."""
+
+import numpy as np
+import pytest
+import torch
+
+from rllib_arpo.errors import ConfigError
+from rllib_arpo.learner import packing
+from rllib_arpo.learner.training_data import TreeTrainingData
+from tests.learner.helpers import (
+    build_learner,
+    forked_tree,
+    random_tree,
+    results,
+    weights,
+)
+from tests.models import save_tiny_model
+
+TREES = [random_tree(seed) for seed in range(6)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def update(learner, trees=TREES, **settings) -> dict[str, float]:
+    return results(
+        learner.update(training_data=TreeTrainingData(episodes=trees), **settings)
+    )
+
+
+def gradients(learner) -> dict[str, np.ndarray]:
+    model = learner.language_model.model
+    return {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
+
+
+def assert_close(one: dict, two: dict, tolerance: float = 1e-5) -> None:
+    assert one.keys() == two.keys()
+    for name in one:
+        np.testing.assert_allclose(
+            one[name], two[name], atol=tolerance, rtol=tolerance, err_msg=name
+        )
+
+
+EVERYTHING = {
+    "kl_coeff": 0.1,
+    "entropy_coeff": 0.01,
+    "tis_cap": 2.0,
+    "old_logprobs": "recompute",
+    "clip_param_high": 0.28,
+}
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_micro_batches_add_up_to_the_full_batch(model, aggregation) -> None:
+    got = []
+    for budget in (10**6, 20):
+        learner = build_learner(
+            model,
+            minibatch_size=6,
+            grad_clip=None,
+            loss_aggregation=aggregation,
+            max_tokens_per_microbatch=budget,
+            **EVERYTHING,
+        )
+        metrics = update(learner)
+        got.append((metrics["total_loss"], gradients(learner), metrics["ratio_mean"]))
+    assert got[0][0] == pytest.approx(got[1][0], rel=1e-5)
+    assert got[0][2] == pytest.approx(got[1][2], rel=1e-5)
+    assert_close(got[0][1], got[1][1])
+
+
+def test_the_loop_takes_the_gradient_of_rllibs_loss_hook(model) -> None:
+    learner = build_learner(model, minibatch_size=6, grad_clip=None, lr=0.0)
+    update(learner)
+    summed = gradients(learner)
+    columns = learner._run_connectors(TreeTrainingData(episodes=TREES))
+    columns = learner.prepare_columns(columns)
+    rows = np.arange(len(columns["row_lengths"]))
+    batch, fwd_out = learner._forward(columns, rows, "value")
+    learner.language_model.zero_grad()
+    learner.compute_loss_for_module(
+        module_id="default_policy",
+        config=learner.config,
+        batch=batch,
+        fwd_out=fwd_out,
+    ).backward()
+    assert_close(summed, gradients(learner))
+
+
+def test_policy_gradient_is_that_of_the_formula(model) -> None:
+    """At ratio 1 the gradient is -Σ Â·∇log π / N, without clip or weights."""
+    learner = build_learner(
+        model, minibatch_size=6, grad_clip=None, old_logprobs="recompute", lr=0.0
+    )
+    update(learner)
+    got = gradients(learner)
+    columns = learner._run_connectors(TreeTrainingData(episodes=TREES))
+    network = learner.language_model.model
+    network.zero_grad()
+    start, num_tokens = 0, columns["loss_mask"].sum()
+    for length in columns["row_lengths"]:
+        span = slice(start, start + length)
+        ids = torch.from_numpy(columns["token_ids"][span])
+        chosen = network(ids[None]).logits[0, :-1].log_softmax(-1)
+        chosen = chosen.gather(-1, ids[1:, None])[:, 0]
+        mask = torch.from_numpy(columns["loss_mask"][span])[1:]
+        advantages = torch.from_numpy(columns["advantages"][span])[1:]
+        (-(advantages * chosen)[mask].sum() / num_tokens).backward()
+        start += length
+    assert_close(got, gradients(learner))
+
+
+def test_hard_and_soft_agree_on_shared_tokens_at_ratio_one(model) -> None:
+    got = []
+    for attribution in ("soft", "hard"):
+        learner = build_learner(
+            model,
+            minibatch_size=6,
+            grad_clip=None,
+            old_logprobs="recompute",
+            advantage_attribution=attribution,
+        )
+        update(learner)
+        got.append(gradients(learner))
+    assert_close(*got)
+
+
+def test_tool_and_prompt_tokens_are_not_learned(tmp_path) -> None:
+    source = save_tiny_model(tmp_path, tied=False)
+    learner = build_learner(source, sft=True, grad_clip=None, minibatch_size=1)
+    update(learner, [forked_tree()])
+    # Under -log softmax the head's row of a token is pulled up (its gradient goes
+    # against the hidden state) only where that token is a target: 3 4 5 8 9 10.
+    # A token that is never a target gets Σ π·h over the positions instead.
+    head = gradients(learner)["lm_head.weight"]
+    columns = packing.pack_paths([forked_tree()])
+    network = build_learner(source, sft=True).language_model.model
+    pushed = torch.zeros(32, 16)
+    for ids, targets in (
+        ([1, 2, 3, 4, 5, 6, 7, 8], [2, 3, 4, 7]),
+        ([1, 2, 3, 4, 5, 6, 7, 9, 10], [2, 3, 4, 7, 8]),
+    ):
+        tokens = torch.tensor(ids)
+        with torch.no_grad():
+            hidden = network.model(tokens[None]).last_hidden_state[0]
+            for target in targets:
+                state = hidden[target - 1]
+                pushed += network.lm_head(state).softmax(-1)[:, None] * state / 9
+                pushed[tokens[target]] -= state / 9
+    assert columns["loss_mask"].sum() == 9
+    np.testing.assert_allclose(head, pushed, atol=1e-5)
+
+
+def test_an_update_takes_epochs_times_minibatches_steps(model) -> None:
+    learner = build_learner(model, num_epochs=3, minibatch_size=4)
+    metrics = update(learner)  # 3 x ceil(6 / 4)
+    assert metrics["num_optimizer_steps"] == 6
+    columns = learner._run_connectors(TreeTrainingData(episodes=TREES))
+    assert metrics["num_tokens_trained"] == 3 * columns["loss_mask"].sum()
+
+
+def test_each_epoch_trains_every_row_once_in_an_order_of_its_own(model) -> None:
+    learner = build_learner(model)
+    columns = packing.pack_paths(TREES)
+    steps = list(
+        learner._minibatches(
+            columns, num_trees=6, num_epochs=2, minibatch_size=3, shuffle=True
+        )
+    )
+    assert len(steps) == 4
+    for epoch in (steps[:2], steps[2:]):
+        assert sorted(np.concatenate(epoch)) == list(range(24))
+        for rows in epoch:  # trees are whole: 4 rows each
+            assert (
+                np.bincount(columns["tree_index"][rows], minlength=6).tolist().count(4)
+                == 3
+            )
+    assert {tuple(s) for s in steps[:2]} != {tuple(s) for s in steps[2:]}
+
+
+def test_same_seed_same_weights(model) -> None:
+    one, two = (build_learner(model, minibatch_size=2) for _ in range(2))
+    update(one), update(two)
+    for name, array in weights(one).items():
+        assert array.tobytes() == weights(two)[name].tobytes()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_save_then_restore_then_train_equals_train(model, optimizer) -> None:
+    settings = {
+        "optimizer": optimizer,
+        "minibatch_size": 2,
+        "lr_schedule": "cosine",
+        "lr_warmup_steps": 2,
+        "lr_total_steps": 12,
+        "model_config": {"dtype": "bfloat16"},
+    }
+    learner = build_learner(model, **settings)
+    update(learner)
+    state = learner.get_state()
+    expected = update(learner)
+    restored = build_learner(model, **settings)
+    restored.set_state(state)
+    got = update(restored)
+    assert got["num_optimizer_steps"] == 6
+    assert got["learning_rate"] == expected["learning_rate"]
+    for name, array in weights(learner).items():
+        assert array.tobytes() == weights(restored)[name].tobytes(), name
+
+
+def test_an_older_checkpoint_can_be_restored(model) -> None:
+    learner = build_learner(model)
+    update(learner)
+    state = learner.get_state()
+    saved = weights(learner)
+    update(learner)
+    learner.set_state(state)
+    assert learner._weights_seq_no == 1
+    for name, array in weights(learner).items():
+        assert array.tobytes() == saved[name].tobytes()
+
+
+def test_state_written_to_a_folder_comes_back(model, tmp_path) -> None:
+    learner = build_learner(model, optimizer="muon")
+    update(learner)
+    learner.save_to_path(str(tmp_path))
+    restored = build_learner(model, optimizer="muon")
+    restored.restore_from_path(str(tmp_path))
+    assert restored.num_optimizer_steps == learner.num_optimizer_steps == 2
+    update(learner), update(restored)
+    for name, array in weights(learner).items():
+        assert array.tobytes() == weights(restored)[name].tobytes()
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(model) -> None:
+    state = build_learner(model, optimizer="muon").get_state()
+    with pytest.raises(ConfigError, match="muon"):
+        build_learner(model).set_state(state)
+
+
+def test_a_step_that_is_not_finite_is_skipped(model) -> None:
+    learner = build_learner(model, minibatch_size=1)
+    before = weights(learner)
+    broken = forked_tree(rewards=(float("nan"), 1.0))
+    metrics = update(learner, [broken])
+    assert metrics["num_skipped_steps"] == 1
+    assert metrics["num_optimizer_steps"] == 0
+    for name, array in weights(learner).items():
+        assert array.tobytes() == before[name].tobytes()
+    metrics = update(learner, [broken, forked_tree()])
+    assert metrics["num_skipped_steps"] == 2
+    assert metrics["num_optimizer_steps"] == 1
+    assert np.isfinite(metrics["policy_loss"])
+    assert all(np.isfinite(array).all() for array in weights(learner).values())
+
+
+def test_a_batch_without_trees_changes_nothing(model) -> None:
+    learner = build_learner(model)
+    before = weights(learner)
+    assert update(learner, [])["num_optimizer_steps"] == 0
+    for name, array in weights(learner).items():
+        assert array.tobytes() == before[name].tobytes()
+
+
+def test_gradients_are_clipped_to_their_norm(model) -> None:
+    learner = build_learner(model, minibatch_size=6, grad_clip=1e-3)
+    metrics = update(learner)
+    norm = np.sqrt(sum((g**2).sum() for g in gradients(learner).values()))
+    assert norm == pytest.approx(1e-3, rel=1e-3)
+    assert metrics["grad_norm"] > 1e-2
+
+
+def test_the_learning_rate_follows_optimizer_steps(model) -> None:
+    learner = build_learner(
+        model, minibatch_size=2, lr=0.1, lr_schedule="linear", lr_total_steps=6
+    )
+    # 3 steps done: p = 3/6
+    assert update(learner)["learning_rate"] == pytest.approx(0.05)
+    # The last of the six steps was taken at p = 5/6.
+    update(learner)
+    (named,) = learner.named_optimizers
+    assert named.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 6)
+
+
+def test_the_sampler_and_the_learner_are_compared_before_the_first_step(model) -> None:
+    learner = build_learner(model, num_epochs=4, lr=0.1)
+    trees = [forked_tree()]
+    columns = packing.pack_paths(trees)
+    scores = learner._score_rows({**columns})
+    mask = columns["loss_mask"]
+    expected = np.abs(scores - columns["rollout_logprobs"])[mask].mean()
+    metrics = update(learner, trees)
+    assert metrics["sampler_logprob_difference"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_recomputed_old_logprobs_start_at_ratio_one(model) -> None:
+    learner = build_learner(model, minibatch_size=6, old_logprobs="recompute")
+    metrics = update(learner)
+    assert metrics["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    assert metrics["clip_fraction"] == 0
+
+
+def test_training_raises_the_probability_of_what_was_rewarded(model) -> None:
+    # The trees' own logprobs are made up; against them the second leaf is clipped.
+    learner = build_learner(
+        model, minibatch_size=1, num_epochs=10, old_logprobs="recompute"
+    )
+    tree = forked_tree(rewards=(1.0, 0.0))
+    columns = packing.pack_paths([tree])
+    before = learner._score_rows(columns)
+    update(learner, [tree])
+    change = learner._score_rows(columns) - before
+    assert change[7] > 0  # token 8, of the leaf with reward 1
+    assert change[15] + change[16] < 0  # tokens 9 and 10, of the leaf with reward 0
+
+
+def test_supervised_training_learns_the_models_own_tokens(model) -> None:
+    learner = build_learner(model, sft=True, minibatch_size=1, num_epochs=30)
+    metrics = update(learner, [forked_tree()])
+    (first,) = (update(build_learner(model, sft=True), [forked_tree()]),)
+    assert metrics["negative_log_likelihood"] < first["negative_log_likelihood"]
+    columns = packing.pack_paths([forked_tree()])
+    scores = learner._score_rows(columns)
+    # After the shared trunk token 8 or 9 follows: neither can be above one half.
+    assert np.exp(scores[2:5]).min() > 0.9
+
+
+def test_batch_normalization_uses_the_statistics_that_were_sent(model) -> None:
+    learner = build_learner(model, advantage_normalization="batch")
+    data = TreeTrainingData(episodes=[forked_tree()], reward_mean=2.0, reward_std=0.5)
+    columns = learner._run_connectors(data)
+    # rewards 1 and 0: (1 - 2) / .5 = -2, (0 - 2) / .5 = -4
+    np.testing.assert_allclose(columns["advantages"], [-2] * 8 + [-4] * 9, rtol=1e-5)
