@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch.distributed as dist
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import (
     COMPONENT_LEARNER,
@@ -266,7 +267,8 @@ class ARPO(Algorithm):
         folder = Path(folder).absolute()
 
         def write(learner: Any) -> None:
-            learner.save_pretrained(folder)
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                learner.language_model.save_pretrained(folder)
 
         self.learner_group.foreach_learner(write)
         return folder

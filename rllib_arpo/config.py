@@ -395,6 +395,13 @@ class ARPOConfig(AlgorithmConfig):
                 "learned. Train with 1.0; evaluate greedily through "
                 "`.evaluation(evaluation_config=ARPOConfig.overrides(temperature=0))`."
             )
+        if (self.top_p < 1 or self.top_k > 0) and self.old_logprobs == "rollout":
+            self._refuse(
+                f"`top_p` ({self.top_p}) and `top_k` ({self.top_k}) cut the sampler's "
+                "distribution but not the learner's, so `old_logprobs` ('rollout') "
+                "would bias every ratio. Set `old_logprobs=\"recompute\"`, or "
+                "top_p=1 and top_k=0."
+            )
         if self.branch_rule != "never" and self.group_size == self.num_initial_rollouts:
             self._refuse(
                 f"`num_initial_rollouts` ({self.num_initial_rollouts}) equals "
@@ -440,10 +447,7 @@ class ARPOConfig(AlgorithmConfig):
     @property
     @override(AlgorithmConfig)
     def _model_config_auto_includes(self) -> dict[str, Any]:
-        return super()._model_config_auto_includes | {
-            "temperature": self.temperature,
-            "reference": self.kl_coeff > 0,
-        }
+        return {"reference": self.kl_coeff > 0}
 
     @override(AlgorithmConfig)
     def build_learner_connector(
@@ -452,10 +456,10 @@ class ARPOConfig(AlgorithmConfig):
         input_action_space: Any,
         device: Any = None,
     ) -> Any:
-        from rllib_arpo.learner.connectors import build_learner_connector
+        from rllib_arpo.learner.connectors import build_learner_pipeline
 
-        return build_learner_connector(
-            self, input_observation_space, input_action_space, device
+        return build_learner_pipeline(
+            self, input_observation_space, input_action_space
         )
 
     @override(AlgorithmConfig)

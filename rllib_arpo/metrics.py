@@ -33,6 +33,7 @@ TOKENS_PATHS = "tokens_paths"
 NUM_TREES_REQUEUED = "num_trees_requeued"
 DYNAMIC_SAMPLING_ROUNDS = "dynamic_sampling_rounds"
 ENGINE_METRICS = "engine"
+ENGINE_STEP_TIME_S = "step_time_s"
 
 
 def tree_metrics(

@@ -48,6 +48,19 @@ class SFTConfig(ARPOConfig):
         super().environment(env, **kwargs)
         return self._set(train_traces=train_traces)
 
+    @override(ARPOConfig)
+    def build_learner_connector(
+        self,
+        input_observation_space: Any,
+        input_action_space: Any,
+        device: Any = None,
+    ) -> Any:
+        from rllib_arpo.learner.connectors import build_learner_pipeline
+
+        return build_learner_pipeline(
+            self, input_observation_space, input_action_space, with_advantages=False
+        )
+
     @override(AlgorithmConfig)
     def get_default_learner_class(self) -> type:
         from rllib_arpo.learner.sft_learner import SFTTorchLearner

@@ -1,0 +1,66 @@
+"""Evaluation of a policy on given tasks, apart from RLlib's `evaluate()`.
+
+`Algorithm.evaluate()` measures one setting with the config's tasks; this measures
+any setting on any tasks, and returns the trees as well as the numbers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EVALUATION_RESULTS
+
+from rllib_arpo.arpo import ARPO
+from rllib_arpo.engines.engine import SamplingParams
+from rllib_arpo.metrics import tree_metrics
+from rllib_arpo.rollouts.branching import TreeSettings, derive_seed, never
+from rllib_arpo.tree import RolloutTree, Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What an evaluation gave.
+
+    Attributes:
+        metrics: see `tree_metrics`.
+        trees: one per task, with `num_samples` independent leaves.
+    """
+
+    metrics: Mapping[str, float]
+    trees: Sequence[RolloutTree]
+
+
+def evaluate(
+    algorithm: ARPO,
+    tasks: Sequence[Task],
+    *,
+    temperature: float = 1.0,
+    num_samples: int = 1,
+    seed: int = 0,
+) -> Evaluation:
+    """Answer every task `num_samples` times, independently.
+
+    Args:
+        algorithm: whose EnvRunners generate, with the learners' current weights.
+        tasks: at least one.
+        temperature: 0 is greedy.
+        num_samples: leaves per task.
+        seed: same seed, weights and settings, same answers.
+
+    Raises:
+        EngineError: no EnvRunner is left.
+        RewardError: the reward function failed.
+    """
+    algorithm.sync_weights()
+    trees = algorithm.sample_trees(
+        tasks,
+        [derive_seed(seed, "evaluate", number) for number in range(len(tasks))],
+        tree_settings=TreeSettings(
+            group_size=num_samples, num_initial_rollouts=num_samples, branch_rule=never
+        ),
+        sampling=SamplingParams(temperature=temperature),
+        results_key=(EVALUATION_RESULTS, ENV_RUNNER_RESULTS),
+    )
+    k = algorithm.config.entropy_probe_tokens
+    return Evaluation(
+        metrics=tree_metrics(trees, entropy_probe_tokens=k), trees=trees
+    )

@@ -1,0 +1,161 @@
+"""What a person sees in the terminal: stages, progress with time left, tables."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from rllib_arpo.metrics import (
+    ACCURACY,
+    BRANCHES_PER_TREE,
+    ENTROPY_AFTER_TOOL,
+    ENTROPY_ELSEWHERE,
+    FORMAT_ERROR_SHARE,
+    RESPONSE_TOKENS,
+    REWARD_MEAN,
+    TOOL_CALLS_PER_TRAJECTORY,
+)
+from rllib_arpo.tree import RolloutTree, path
+
+# Key of the record, label, format: the live line of an iteration.
+LIVE = (
+    (REWARD_MEAN, "reward", "{:+.2f}"),
+    (ACCURACY, "accuracy", "{:.2f}"),
+    ("policy_loss", "loss", "{:+.3f}"),
+    ("negative_log_likelihood", "nll", "{:.3f}"),
+    (TOOL_CALLS_PER_TRAJECTORY, "tool calls", "{:.2f}"),
+    (BRANCHES_PER_TREE, "branches", "{:.1f}"),
+    (ENTROPY_AFTER_TOOL, "entropy after tools", "{:.2f}"),
+    (ENTROPY_ELSEWHERE, "elsewhere", "{:.2f}"),
+    ("tokens_per_s", "tokens/s", "{:,.0f}"),
+)
+TIMES = ("generate", "tools", "learn", "sync")
+
+
+class Console:
+    """A terminal, or a log file when there is none."""
+
+    def __init__(self, rich: RichConsole | None = None) -> None:
+        self.rich = rich or RichConsole(highlight=False)
+
+    def stage(self, title: str) -> None:
+        """Say what begins."""
+        self.rich.print(f"[bold]» {escape(title)}[/bold]")
+
+    def say(self, text: str) -> None:
+        """One plain line."""
+        self.rich.print(escape(text))
+
+    @contextmanager
+    def progress(
+        self, total: int, name: str, *, done: int = 0
+    ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+        """A bar with time left; call it with each iteration's record."""
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.rich,
+        ) as bar:
+            task = bar.add_task(name, total=total, completed=done)
+
+            def advance(record: Mapping[str, Any]) -> None:
+                bar.console.print(escape(live_line(record)))
+                bar.advance(task)
+
+            yield advance
+
+    def before_and_after(
+        self,
+        before: Mapping[str, Mapping[str, float]],
+        after: Mapping[str, Mapping[str, float]],
+    ) -> None:
+        """Two evaluations side by side."""
+        table = Table(title="Held-out questions")
+        for column in ("", "cold start", "after ARPO"):
+            table.add_column(column, justify="left" if not column else "right")
+        rows = (
+            ("accuracy, sampled (temperature 1)", "sampled", ACCURACY, "{:.1%}"),
+            ("accuracy, greedy", "greedy", ACCURACY, "{:.1%}"),
+            ("reward", "sampled", REWARD_MEAN, "{:+.2f}"),
+            ("badly formed", "sampled", FORMAT_ERROR_SHARE, "{:.1%}"),
+            (
+                "tool calls per trajectory",
+                "sampled",
+                TOOL_CALLS_PER_TRAJECTORY,
+                "{:.2f}",
+            ),
+            ("response tokens", "sampled", RESPONSE_TOKENS, "{:.0f}"),
+            (
+                "entropy after tools, nats",
+                "sampled",
+                ENTROPY_AFTER_TOOL,
+                "{:.3f}",
+            ),
+            ("entropy elsewhere, nats", "sampled", ENTROPY_ELSEWHERE, "{:.3f}"),
+        )
+        for label, kind, key, form in rows:
+            table.add_row(
+                label, form.format(before[kind][key]), form.format(after[kind][key])
+            )
+        self.rich.print(table)
+
+    def examples(self, trees: Sequence[RolloutTree]) -> None:
+        """The first trajectory of each tree."""
+        for tree in trees:
+            leaf = tree.leaves[0]
+            question = tree.task.messages[-1].content
+            turns = "".join(
+                f"[dim]{escape(s.text)}[/dim]\n"
+                if s.role == "tool"
+                else escape(s.text) + "\n"
+                for s in (tree.segments[i] for i in path(tree, leaf)[1:])
+            )
+            right = " or ".join(tree.task.answers)
+            self.rich.print(
+                Panel(
+                    turns.rstrip("\n"),
+                    title=escape(question),
+                    subtitle=f"reward {leaf.reward:+.1f}, the answer is "
+                    f"{escape(right)}",
+                )
+            )
+
+    def times(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Where the time went, over all iterations."""
+        totals = {
+            name: sum(float(r.get(f"time_{name}_s", 0.0)) for r in records)
+            for name in TIMES
+        }
+        everything = sum(totals.values()) or 1.0
+        table = Table(title="Where the time went")
+        for column in ("", "seconds", "share"):
+            table.add_column(column, justify="left" if not column else "right")
+        for name, seconds in totals.items():
+            table.add_row(name, f"{seconds:.1f}", f"{seconds / everything:.0%}")
+        self.rich.print(table)
+
+
+def live_line(record: Mapping[str, Any]) -> str:
+    """One line about an iteration: what was measured of it, in a fixed order."""
+    parts = [
+        f"{label} {form.format(record[key])}"
+        for key, label, form in LIVE
+        if key in record
+    ]
+    return f"{record['iteration']:>4}  " + "  ".join(parts)

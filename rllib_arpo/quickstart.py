@@ -1,0 +1,238 @@
+"""The main job: a model from nothing to an agent that looks things up and computes.
+
+1. Build a tiny Qwen2 model and a tokenizer for the embedded world (`envs/almanac`).
+2. Cold start: imitate imperfect traces (`SFT`), evaluate on held-out questions.
+3. Reinforcement learning (`ARPO`), evaluate on the same questions.
+
+Everything is what a large run uses: the same classes, engine, tools and checkpoints.
+"""
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rllib_arpo.arpo import ARPO
+from rllib_arpo.config import ARPOConfig
+from rllib_arpo.envs.almanac import AlmanacEnv, AlmanacWorld, Split
+from rllib_arpo.envs.almanac_expert import AlmanacExpert
+from rllib_arpo.envs.almanac_model import build_model, build_tokenizer
+from rllib_arpo.envs.dialogue import TagDialogue
+from rllib_arpo.evaluation import evaluate
+from rllib_arpo.memory import PeakMemory
+from rllib_arpo.metrics import (
+    ACCURACY,
+    ENTROPY_AFTER_TOOL,
+    ENTROPY_ELSEWHERE,
+    TOOL_CALLS_PER_TRAJECTORY,
+)
+from rllib_arpo.progress import Console
+from rllib_arpo.runs import Run, train
+from rllib_arpo.sft import SFTConfig
+from rllib_arpo.tracking.curves import METRICS_FILE
+from rllib_arpo.tree import RolloutTree, Task
+
+NUM_TRAIN_TASKS = 4_000
+NUM_TEST_TASKS = 512
+NUM_TRACES = 12_000
+CLEAN_FRACTION = 0.4
+SFT_BATCH = 32
+SFT_STEPS_PER_ITERATION = 25
+SFT_ITERATIONS = 24
+RL_ITERATIONS = 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the command line chooses."""
+
+    folder: Path
+    seed: int = 0
+    num_env_runners: int = 0
+    num_learners: int = 0
+
+
+def almanac_tasks(split: Split, num: int) -> list[Task]:
+    """Tasks of the embedded world, as a function that a config can hold."""
+    return AlmanacWorld().tasks(split, num)
+
+
+def almanac_traces(model: str, num: int, clean_fraction: float, seed: int) -> Any:
+    """Traces of the expert for the cold start, encoded by `model`'s tokenizer."""
+    env = AlmanacEnv({"tokenizer": model})
+    assert isinstance(env.dialogue, TagDialogue)
+    return AlmanacExpert(AlmanacWorld()).traces(
+        num, dialogue=env.dialogue, seed=seed, clean_fraction=clean_fraction
+    )
+
+
+def sft_config(model: str, settings: Settings) -> SFTConfig:
+    """The cold start's settings."""
+    steps = SFT_STEPS_PER_ITERATION
+    return (
+        SFTConfig()
+        .environment(
+            env=AlmanacEnv,
+            train_traces=partial(
+                almanac_traces, model, NUM_TRACES, CLEAN_FRACTION, settings.seed
+            ),
+            eval_tasks=partial(almanac_tasks, "test", NUM_TEST_TASKS),
+        )
+        .rl_module(model_config={"model": model})
+        .training(
+            train_batch_size_per_learner=SFT_BATCH
+            * steps
+            // max(settings.num_learners, 1),
+            minibatch_size=SFT_BATCH // max(settings.num_learners, 1),
+            optimizer="muon",
+            lr=5e-3,
+            muon_lr=0.01,
+            weight_decay=0.0,
+            lr_schedule="linear",
+            lr_warmup_steps=20,
+            lr_total_steps=SFT_ITERATIONS * steps,
+            grad_clip=1.0,
+        )
+        .evaluation(evaluation_duration=NUM_TEST_TASKS)
+        .env_runners(num_env_runners=settings.num_env_runners)
+        .learners(num_learners=settings.num_learners)
+        .debugging(seed=settings.seed, deterministic=True, log_level="ERROR")
+    )
+
+
+def arpo_config(model: str, settings: Settings) -> ARPOConfig:
+    """Reinforcement learning's settings."""
+    return (
+        ARPOConfig()
+        .environment(
+            env=AlmanacEnv,
+            train_tasks=partial(almanac_tasks, "train", NUM_TRAIN_TASKS),
+            eval_tasks=partial(almanac_tasks, "test", NUM_TEST_TASKS),
+        )
+        .rl_module(model_config={"model": model})
+        .tree_rollout(
+            group_size=16,
+            num_initial_rollouts=8,
+            branch_rule="bernoulli",
+            entropy_probe_tokens=8,
+        )
+        .training(
+            train_batch_size_per_learner=16 // max(settings.num_learners, 1),
+            minibatch_size=8 // max(settings.num_learners, 1),
+            lr=1e-3,
+            adam_betas=(0.9, 0.99),
+            weight_decay=0.0,
+            clip_param=0.2,
+            clip_param_high=0.28,
+            grad_clip=1.0,
+        )
+        .evaluation(evaluation_duration=NUM_TEST_TASKS)
+        .env_runners(num_env_runners=settings.num_env_runners)
+        .learners(num_learners=settings.num_learners)
+        .debugging(seed=settings.seed, deterministic=True, log_level="ERROR")
+    )
+
+
+def quickstart(settings: Settings, console: Console) -> dict[str, Any]:
+    """Run the main job and return what `summary.json` holds."""
+    for name in ("base", "cold_start", "sft", "checkpoint", "model"):
+        shutil.rmtree(settings.folder / name, ignore_errors=True)
+    (settings.folder / METRICS_FILE).unlink(missing_ok=True)
+    run = Run(settings.folder)
+    start = time.monotonic()
+    with PeakMemory() as memory:
+        base = str(run.folder / "base")
+        console.stage("Build a tiny model and its tokenizer")
+        build_model(build_tokenizer(AlmanacWorld(), base), base, seed=settings.seed)
+        cold, cold_model = _cold_start(base, run, settings, console)
+        final, trees = _reinforce(cold_model, run, settings, console)
+    summary = {
+        "seed": settings.seed,
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_memory_mb": round(memory.peak_mb),
+        "accuracy_cold_start": cold["sampled"][ACCURACY],
+        "accuracy_final": final["sampled"][ACCURACY],
+        "greedy_cold_start": cold["greedy"][ACCURACY],
+        "greedy_final": final["greedy"][ACCURACY],
+        **{
+            name: final["sampled"][name]
+            for name in (
+                TOOL_CALLS_PER_TRAJECTORY,
+                ENTROPY_AFTER_TOOL,
+                ENTROPY_ELSEWHERE,
+            )
+        },
+    }
+    run.write_json("summary.json", summary)
+    curves = run.plot()
+    console.examples(trees)
+    console.before_and_after(cold, final)
+    console.say(
+        f"{summary['seconds']:.0f} s, at most {summary['peak_memory_mb']} MB. "
+        f"Curves: {curves}. Model: {run.model}."
+    )
+    return summary
+
+
+Evaluations = dict[str, Mapping[str, float]]
+
+
+def _cold_start(
+    base: str, run: Run, settings: Settings, console: Console
+) -> tuple[Evaluations, str]:
+    console.stage("Cold start: imitate an expert that makes mistakes")
+    sft = Run(run.folder / "sft")
+    algorithm = sft_config(base, settings).build_algo()
+    try:
+        with console.progress(SFT_ITERATIONS, "cold start") as progress:
+            train(
+                algorithm,
+                sft,
+                num_iterations=SFT_ITERATIONS,
+                stage="cold start",
+                on_iteration=progress,
+                checkpoint_interval=SFT_ITERATIONS,
+            )
+        evaluation, _ = _evaluate(algorithm, console)
+        model = str(algorithm.save_pretrained(run.folder / "cold_start"))
+    finally:
+        algorithm.stop()
+    return evaluation, model
+
+
+def _reinforce(
+    model: str, run: Run, settings: Settings, console: Console
+) -> tuple[Evaluations, Sequence[RolloutTree]]:
+    console.stage("Reinforcement learning: ARPO")
+    config = arpo_config(model, settings)
+    run.write_config(config)
+    algorithm = config.build_algo()
+    try:
+        with console.progress(RL_ITERATIONS, "ARPO") as progress:
+            train(
+                algorithm,
+                run,
+                num_iterations=RL_ITERATIONS,
+                stage="ARPO",
+                on_iteration=progress,
+                checkpoint_interval=RL_ITERATIONS,
+            )
+        evaluation, trees = _evaluate(algorithm, console)
+        algorithm.save_pretrained(run.model)
+    finally:
+        algorithm.stop()
+    return evaluation, trees
+
+
+def _evaluate(
+    algorithm: ARPO, console: Console
+) -> tuple[Evaluations, Sequence[RolloutTree]]:
+    """Held-out questions at temperature 1 and greedily; three examples."""
+    tasks = algorithm.eval_tasks
+    console.stage(f"Evaluate on {len(tasks)} held-out questions")
+    sampled = evaluate(algorithm, tasks, temperature=1.0)
+    greedy = evaluate(algorithm, tasks, temperature=0.0)
+    return {"sampled": sampled.metrics, "greedy": greedy.metrics}, sampled.trees[:3]

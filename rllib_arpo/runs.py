@@ -1,0 +1,176 @@
+"""A run's folder, and the loop that fills it.
+
+    runs/NAME/
+      config.json      what was set (only what differs from the defaults)
+      metrics.jsonl    one flat JSON object per iteration
+      checkpoint/      the newest complete checkpoint, replaced by renaming
+      model/           a Hugging Face folder, written at the end
+      curves.png .svg  the plots
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.utils.metrics import (
+    ENV_RUNNER_RESULTS,
+    ENV_RUNNER_SAMPLING_TIMER,
+    EVALUATION_RESULTS,
+    LEARNER_RESULTS,
+    LEARNER_UPDATE_TIMER,
+    SYNCH_WORKER_WEIGHTS_TIMER,
+    TIMERS,
+)
+
+from rllib_arpo.arpo import ARPO
+from rllib_arpo.config import ARPOConfig
+from rllib_arpo.errors import ConfigError
+from rllib_arpo.metrics import (
+    ENGINE_METRICS,
+    ENGINE_STEP_TIME_S,
+    NUM_TOKENS_SAMPLED,
+    NUM_TOOL_CALLS,
+)
+from rllib_arpo.tracking.curves import METRICS_FILE, plot_run
+
+Record = dict[str, Any]
+
+
+class Run:
+    """The folder of one training run.
+
+    Args:
+        folder: made when it is not there.
+        resume: go on in a folder that already holds a run.
+
+    Raises:
+        ConfigError: the folder holds a run already and `resume` is False.
+    """
+
+    def __init__(self, folder: str | Path, *, resume: bool = False) -> None:
+        self.folder = Path(folder).absolute()
+        if not resume and (self.folder / METRICS_FILE).exists():
+            raise ConfigError(
+                f"{self.folder} holds a run already: choose another --out, or go on "
+                f"with --resume {self.folder}"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._engine_time_s = 0.0
+        self._tool_calls = 0.0
+
+    @property
+    def checkpoint(self) -> Path:
+        """The newest complete checkpoint."""
+        return self.folder / "checkpoint"
+
+    @property
+    def model(self) -> Path:
+        """The trained model as a Hugging Face folder."""
+        return self.folder / "model"
+
+    def write_config(self, config: ARPOConfig) -> None:
+        """Write the settings that differ from the defaults of the config's class."""
+        defaults = vars(type(config)())
+        changed = {
+            name: value
+            for name, value in vars(config).items()
+            if not name.startswith("__") and value != defaults.get(name)
+        }
+        self.write_json("config.json", changed)
+
+    def write_json(self, name: str, values: Mapping[str, Any]) -> Path:
+        """Write a JSON file into the folder, complete or not at all."""
+        file = self.folder / name
+        aside = file.with_suffix(".part")
+        aside.write_text(json.dumps(values, indent=2, default=str) + "\n")
+        os.replace(aside, file)
+        return file
+
+    def log(self, result: Mapping[str, Any], *, stage: str) -> Record:
+        """Append one training iteration to `metrics.jsonl` and return it."""
+        record = self._record(result, stage)
+        with (self.folder / METRICS_FILE).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        return record
+
+    def _record(self, result: Mapping[str, Any], stage: str) -> Record:
+        sampled = result.get(ENV_RUNNER_RESULTS, {})
+        timers = result.get(TIMERS, {})
+        engine = sampled.get(ENGINE_METRICS, {})
+        learned = result.get(LEARNER_RESULTS, {}).get(DEFAULT_MODULE_ID, {})
+        evaluated = result.get(EVALUATION_RESULTS, {}).get(ENV_RUNNER_RESULTS, {})
+        sample_s = float(timers.get(ENV_RUNNER_SAMPLING_TIMER, 0.0))
+        engine_time_s = float(engine.get(ENGINE_STEP_TIME_S, 0.0))
+        generate_s = min(max(engine_time_s - self._engine_time_s, 0.0), sample_s)
+        self._engine_time_s = engine_time_s
+        self._tool_calls += float(sampled.get(NUM_TOOL_CALLS, 0.0))
+        record: Record = {
+            "iteration": result["training_iteration"],
+            "stage": stage,
+            **_numbers(sampled),
+            **_numbers(learned),
+            **{f"eval_{name}": value for name, value in _numbers(evaluated).items()},
+            "time_generate_s": generate_s,
+            "time_tools_s": sample_s - generate_s,
+            "time_learn_s": float(timers.get(LEARNER_UPDATE_TIMER, 0.0)),
+            "time_sync_s": float(timers.get(SYNCH_WORKER_WEIGHTS_TIMER, 0.0)),
+            "num_tool_calls_lifetime": self._tool_calls,
+        }
+        if sample_s:
+            record["tokens_per_s"] = sampled.get(NUM_TOKENS_SAMPLED, 0.0) / sample_s
+        return record
+
+    def save_checkpoint(self, algorithm: Algorithm) -> Path:
+        """Write a checkpoint aside, then put it in place of the one before."""
+        aside = self.folder / "checkpoint.part"
+        before = self.folder / "checkpoint.before"
+        for folder in (aside, before):
+            shutil.rmtree(folder, ignore_errors=True)
+        algorithm.save_to_path(str(aside))
+        if self.checkpoint.exists():
+            os.replace(self.checkpoint, before)
+        os.replace(aside, self.checkpoint)
+        shutil.rmtree(before, ignore_errors=True)
+        return self.checkpoint
+
+    def plot(self) -> Path:
+        """Draw `curves.png` and `curves.svg`."""
+        return plot_run(self.folder)
+
+
+def train(
+    algorithm: ARPO,
+    run: Run,
+    *,
+    num_iterations: int,
+    stage: str,
+    on_iteration: Callable[[Record], None],
+    checkpoint_interval: int = 10,
+) -> None:
+    """Train until iteration `num_iterations`, with checkpoints on the way.
+
+    An interrupt (Ctrl-C) or an error of a step leaves the newest complete checkpoint;
+    an interrupt also writes one of the moment before it is raised again.
+    """
+    try:
+        while algorithm.iteration < num_iterations:
+            record = run.log(algorithm.train(), stage=stage)
+            on_iteration(record)
+            if algorithm.iteration % checkpoint_interval == 0:
+                run.save_checkpoint(algorithm)
+    except KeyboardInterrupt:
+        run.save_checkpoint(algorithm)
+        raise
+
+
+def _numbers(values: Mapping[str, Any]) -> Record:
+    return {
+        name: float(value)
+        for name, value in values.items()
+        if isinstance(value, int | float) or getattr(value, "ndim", None) == 0
+    }
