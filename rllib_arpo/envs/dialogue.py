@@ -167,8 +167,8 @@ class TagDialogue:
         self._forbidden = _forbidden_ids(tokenizer, specials, tags)
         self._unsafe = re.compile("|".join(map(re.escape, (*tags, *specials))))
         self._ends = {specials[text] for text in SPECIAL_ENDS if text in specials}
-        if tokenizer.eos_token_id is not None:
-            self._ends.add(int(tokenizer.eos_token_id))
+        if isinstance(tokenizer.eos_token_id, int):
+            self._ends.add(tokenizer.eos_token_id)
         before, after = result_template.split("{}")
         self._before = self._encode(before)
         self._after = self._encode(after)

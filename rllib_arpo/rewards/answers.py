@@ -16,7 +16,8 @@ from rllib_arpo.rewards.math_worker import symbolic_equal
 
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBER = r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)"
-_WORD = re.compile(rf"(?<![\w.]){_NUMBER}(?![\w])|\w+")
+# A number on its own, or a word with the dots and apostrophes inside it (U.S.).
+_WORD = re.compile(rf"(?<![\w.]){_NUMBER}(?!\.?\w)|\w+(?:[.'\u2019]\w+)*")
 _PLAIN = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d*)(\.\d*)?")
 _TEX_FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{?(\d+)\}?\{?(\d+)\}?")
 _RATIO = re.compile(r"([-+]?\d+)/(\d+)")
@@ -64,13 +65,10 @@ def math_equal(answer: str, gold: str, timeout_s: float = 2.0) -> bool:
 def _words(text: str) -> list[str]:
     words: list[str] = []
     for match in _WORD.finditer(text.lower()):
-        word = match.group()
-        if word[-1:].isalpha() or not any(c in word for c in ".,+-"):
-            if word not in _ARTICLES:
-                words.append(word)
-            continue
-        value = _value(word.strip(",").rstrip("."))
-        words.append(word if value is None else str(value))
+        value = _value(match.group().rstrip(".,"))
+        word = re.sub("[.'\u2019]", "", match.group()) if value is None else str(value)
+        if word not in _ARTICLES:
+            words.append(word)
     return words
 
 
