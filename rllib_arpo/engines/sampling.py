@@ -145,9 +145,7 @@ def truncate(logits: Tensor, top_p: np.ndarray, top_k: np.ndarray) -> Tensor:
         values, order = logits.topk(width)
         inside = torch.arange(width, device=device) < limit
         values = values.masked_fill(~inside, -torch.inf)
-        norm = torch.where(
-            limit < size, values.logsumexp(-1, keepdim=True), everything
-        )
+        norm = torch.where(limit < size, values.logsumexp(-1, keepdim=True), everything)
         probabilities = (values - norm).exp().double()
         keep = inside & (probabilities.cumsum(-1) - probabilities < mass)
         done = (limit[:, 0] <= width) | ~keep[:, -1]

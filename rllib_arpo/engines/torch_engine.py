@@ -127,7 +127,7 @@ class TorchEngine:
         max_model_len: most tokens of a sequence; None takes the model's context.
         prefix_cache_tokens: tokens of finished sequences kept for reuse.
         device: moved there when given.
-        dtype: cast to it when given.
+        dtype: the parameters are cast to it when given.
         deterministic: see above.
 
     Raises:
@@ -157,7 +157,17 @@ class TorchEngine:
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len or context
         self.deterministic = deterministic
-        self._runner = ModelRunner(model.to(device=device, dtype=dtype))
+        if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+            raise ConfigError(
+                f"the tokenizer knows {len(tokenizer)} special tokens and no others: "
+                "its folder lacks the tokenizer's files"
+            )
+        if device is not None:
+            model.to(device)
+        for parameter in model.parameters() if dtype is not None else ():
+            # Buffers, such as rotary frequencies, keep their precision.
+            parameter.data = parameter.data.to(dtype)
+        self._runner = ModelRunner(model)
         self._tree = PrefixTree(prefix_cache_tokens)
         self._bytes = token_bytes(tokenizer, self._runner.vocab_size)
         self._is_eos = np.zeros(self._runner.vocab_size, bool)
