@@ -104,8 +104,7 @@ class ARPO(Algorithm):
             useful = [tree for tree in trees if _has_signal(tree)]
             spare = [tree for tree in trees if not _has_signal(tree)]
             while (
-                len(useful) < count
-                and rounds < self.config.max_dynamic_sampling_rounds
+                len(useful) < count and rounds < self.config.max_dynamic_sampling_rounds
             ):
                 rounds += 1
                 more = self._sample_next_tasks(count - len(useful))

@@ -15,7 +15,7 @@ the driver holds no model; and evaluation runs on the training EnvRunners unless
 `evaluation_num_env_runners` asks for others.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Self
 
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
@@ -28,9 +28,6 @@ from rllib_arpo.envs.tool_use_env import ToolUseEnv
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.imports import import_object
 from rllib_arpo.rollouts.branching import BRANCH_RULES, BranchRule, TreeSettings
-from rllib_arpo.tree import Task
-
-
 
 _CHOICES = {
     "engine_name": ("torch",),
@@ -339,7 +336,7 @@ class ARPOConfig(AlgorithmConfig):
             self._refuse(str(error))
         if not self.model_config.get("model"):
             self._refuse(
-                "No model: set `.rl_module(model_config={\"model\": ...})` to a "
+                'No model: set `.rl_module(model_config={"model": ...})` to a '
                 "Hugging Face folder or hub name."
             )
         if self.in_evaluation:
@@ -399,7 +396,7 @@ class ARPOConfig(AlgorithmConfig):
             self._refuse(
                 f"`top_p` ({self.top_p}) and `top_k` ({self.top_k}) cut the sampler's "
                 "distribution but not the learner's, so `old_logprobs` ('rollout') "
-                "would bias every ratio. Set `old_logprobs=\"recompute\"`, or "
+                'would bias every ratio. Set `old_logprobs="recompute"`, or '
                 "top_p=1 and top_k=0."
             )
         if self.branch_rule != "never" and self.group_size == self.num_initial_rollouts:
@@ -458,9 +455,7 @@ class ARPOConfig(AlgorithmConfig):
     ) -> Any:
         from rllib_arpo.learner.connectors import build_learner_pipeline
 
-        return build_learner_pipeline(
-            self, input_observation_space, input_action_space
-        )
+        return build_learner_pipeline(self, input_observation_space, input_action_space)
 
     @override(AlgorithmConfig)
     def build_env_to_module_connector(

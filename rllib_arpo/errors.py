@@ -1,14 +1,14 @@
 """Every error that this package raises on purpose.
 
-    ARPOError
-    ├── ConfigError        a setting, flag or model folder that cannot work
-    ├── DataError          a row or file that is wrong: names file, row and field
-    ├── EngineError        text generation failed
-    │   └── WeightSyncError    the sampler does not hold the learner's weights
-    ├── ToolError          a tool call failed; shown to the model, never fatal
-    │   └── ToolTimeoutError   ... because its deadline passed
-    ├── ToolOutageError    so many tool calls fail that training must stop
-    └── RewardError        a reward function raised or returned nonsense
+ARPOError
+├── ConfigError        a setting, flag or model folder that cannot work
+├── DataError          a row or file that is wrong: names file, row and field
+├── EngineError        text generation failed
+│   └── WeightSyncError    the sampler does not hold the learner's weights
+├── ToolError          a tool call failed; shown to the model, never fatal
+│   └── ToolTimeoutError   ... because its deadline passed
+├── ToolOutageError    so many tool calls fail that training must stop
+└── RewardError        a reward function raised or returned nonsense
 """
 
 

@@ -61,6 +61,4 @@ def evaluate(
         results_key=(EVALUATION_RESULTS, ENV_RUNNER_RESULTS),
     )
     k = algorithm.config.entropy_probe_tokens
-    return Evaluation(
-        metrics=tree_metrics(trees, entropy_probe_tokens=k), trees=trees
-    )
+    return Evaluation(metrics=tree_metrics(trees, entropy_probe_tokens=k), trees=trees)

@@ -136,6 +136,15 @@ class Console:
                 )
             )
 
+    def table(self, title: str, values: Mapping[str, float]) -> None:
+        """Names and numbers."""
+        table = Table(title=escape(title))
+        table.add_column("metric")
+        table.add_column("value", justify="right")
+        for name, value in sorted(values.items()):
+            table.add_row(name, f"{value:.4g}")
+        self.rich.print(table)
+
     def times(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Where the time went, over all iterations."""
         totals = {

@@ -1,11 +1,11 @@
 """A run's folder, and the loop that fills it.
 
-    runs/NAME/
-      config.json      what was set (only what differs from the defaults)
-      metrics.jsonl    one flat JSON object per iteration
-      checkpoint/      the newest complete checkpoint, replaced by renaming
-      model/           a Hugging Face folder, written at the end
-      curves.png .svg  the plots
+runs/NAME/
+config.json      what was set (only what differs from the defaults)
+metrics.jsonl    one flat JSON object per iteration
+checkpoint/      the newest complete checkpoint, replaced by renaming
+model/           a Hugging Face folder, written at the end
+curves.png .svg  the plots
 """
 
 import json

@@ -1,0 +1,491 @@
+"""The command `rllib-arpo`.
+
+A mistake of the user (a folder, file, flag or value) is one line and exit code 2;
+`--debug`, anywhere, shows the traceback. Ctrl-C saves a checkpoint, says how to go
+on, and exits with 130.
+"""
+
+import json
+import logging
+import os
+import platform
+import runpy
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rllib_arpo.errors import ARPOError, ConfigError
+
+if TYPE_CHECKING:
+    from rllib_arpo.arpo import ARPO
+    from rllib_arpo.config import ARPOConfig
+    from rllib_arpo.progress import Console
+    from rllib_arpo.runs import Run
+
+PACKAGES = (
+    "rllib_arpo",
+    "ray",
+    "torch",
+    "transformers",
+    "vllm",
+    "numpy",
+    "pydantic-monty",
+    "mlflow",
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train tool-using language models by reinforcement learning on Ray.",
+)
+
+EnvRunners = Annotated[int, typer.Option(help="Sampling actors; 0: in this process.")]
+Learners = Annotated[int, typer.Option(help="Learner actors; 0: in this process.")]
+Seed = Annotated[int, typer.Option(help="Seed of tasks, sampling and learner.")]
+Out = Annotated[Path, typer.Option(help="Folder of the run.")]
+Corpus = Annotated[
+    Path | None, typer.Option(help="Folder of documents for the search tool.")
+]
+BatchSize = Annotated[int, typer.Option(help="Trees per iteration.", min=1)]
+MaxTokens = Annotated[
+    int, typer.Option(help="Tokens of model and tools after the prompt.", min=1)
+]
+
+
+@app.command()
+def quickstart(
+    seed: Seed = 0,
+    out: Out = Path("runs/quickstart"),
+    num_env_runners: EnvRunners = 0,
+    num_learners: Learners = 0,
+) -> None:
+    """Train a small agent from nothing, and see it improve in a few minutes."""
+    from rllib_arpo.progress import Console
+    from rllib_arpo.quickstart import Settings
+    from rllib_arpo.quickstart import quickstart as run_quickstart
+
+    settings = Settings(
+        folder=out,
+        seed=seed,
+        num_env_runners=num_env_runners,
+        num_learners=num_learners,
+    )
+    with _ray():
+        run_quickstart(settings, Console())
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="Python file that defines `config`, an ARPOConfig."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Training tasks: .parquet or .jsonl.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Hugging Face folder or hub name.")
+    ] = None,
+    iterations: Annotated[
+        int, typer.Option(help="Stop after so many iterations.", min=1)
+    ] = 100,
+    out: Out = Path("runs/train"),
+    corpus: Corpus = None,
+    batch_size: BatchSize = 16,
+    minibatch_size: Annotated[
+        int | None, typer.Option(help="Trees per optimizer step; default: all.", min=1)
+    ] = None,
+    group_size: Annotated[int, typer.Option(help="Leaves per tree.", min=1)] = 16,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-6,
+    max_response_tokens: MaxTokens = 1024,
+    max_tool_calls: Annotated[int, typer.Option(help="Per trajectory.", min=0)] = 5,
+    num_env_runners: EnvRunners = 0,
+    num_learners: Learners = 0,
+    seed: Seed = 0,
+    resume: Annotated[
+        Path | None, typer.Option(help="Folder of a run to go on with.")
+    ] = None,
+) -> None:
+    """Train by ARPO, from a config file or from flags."""
+    from rllib_arpo.arpo import ARPO
+    from rllib_arpo.runs import Run
+
+    if resume is not None:
+        checkpoint = _checkpoint(resume)
+        run = Run(resume, resume=True)
+        with _ray():
+            algorithm = ARPO.from_checkpoint(str(checkpoint))
+            _train(algorithm, run, iterations, stage="ARPO")
+        return
+    built = (
+        _config_of(config)
+        if config is not None
+        else _config_from_flags(
+            data=data,
+            model=model,
+            corpus=corpus,
+            batch_size=batch_size,
+            minibatch_size=minibatch_size,
+            group_size=group_size,
+            lr=lr,
+            max_response_tokens=max_response_tokens,
+            max_tool_calls=max_tool_calls,
+            num_env_runners=num_env_runners,
+            num_learners=num_learners,
+            seed=seed,
+        )
+    )
+    built.validate()
+    run = Run(out)
+    run.write_config(built)
+    with _ray():
+        _train(built.build_algo(), run, iterations, stage="ARPO")
+
+
+@app.command()
+def sft(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub name.")],
+    data: Annotated[Path, typer.Option(help='Traces: .jsonl rows of chat "messages".')],
+    iterations: Annotated[int, typer.Option(min=1)] = 100,
+    out: Out = Path("runs/sft"),
+    tools: Annotated[
+        str, typer.Option(help="Names of the tools in the traces, by commas.")
+    ] = "search,python",
+    batch_size: BatchSize = 128,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 7e-6,
+    num_learners: Learners = 0,
+    seed: Seed = 0,
+) -> None:
+    """Cold start: imitate multi-turn tool traces."""
+    from functools import partial
+
+    from rllib_arpo.data.traces import load_traces
+    from rllib_arpo.envs.tool_use_env import ToolUseEnv
+    from rllib_arpo.runs import Run
+    from rllib_arpo.sft import SFTConfig
+
+    names = tuple(name.strip() for name in tools.split(","))
+    learners = _learners(num_learners, batch_size)
+    _check_model(model)
+    config = (
+        SFTConfig()
+        .environment(
+            env=ToolUseEnv,
+            env_config={"tools": _no_tools, "tool_names": names},
+            train_traces=partial(load_traces, str(data), model, names),
+        )
+        .rl_module(model_config={"model": model})
+        .training(
+            lr=lr,
+            train_batch_size_per_learner=batch_size // learners,
+            minibatch_size=batch_size // learners,
+        )
+        .learners(num_learners=num_learners)
+        .env_runners(num_env_runners=0)
+        .debugging(seed=seed, log_level="ERROR")
+    )
+    config.validate()
+    run = Run(out)
+    run.write_config(config)
+    with _ray():
+        _train(config.build_algo(), run, iterations, stage="SFT")
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Run, checkpoint or Hugging Face folder.")
+    ],
+    data: Annotated[
+        Path | None, typer.Option(help="Tasks; default: the run's eval_tasks.")
+    ] = None,
+    num_tasks: Annotated[
+        int | None, typer.Option(help="Only the first so many.", min=1)
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
+    num_samples: Annotated[int, typer.Option(help="Answers per task.", min=1)] = 1,
+    corpus: Corpus = None,
+    max_response_tokens: MaxTokens = 1024,
+    num_env_runners: EnvRunners = 0,
+    seed: Seed = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures there.")
+    ] = None,
+) -> None:
+    """Answer tasks and print accuracy, tool calls and tokens."""
+    from rllib_arpo.arpo import ARPO
+    from rllib_arpo.data.sources import resolve_tasks
+    from rllib_arpo.evaluation import evaluate as evaluate_tasks
+    from rllib_arpo.progress import Console
+
+    tasks = resolve_tasks(str(data), setting="--data") if data is not None else None
+    config = path = None
+    if _is_model_folder(checkpoint):
+        config = _config_from_flags(
+            data=data,
+            model=str(checkpoint),
+            corpus=corpus,
+            max_response_tokens=max_response_tokens,
+            num_env_runners=num_env_runners,
+            seed=seed,
+        )
+    else:
+        path = str(_checkpoint(checkpoint))
+    with _ray():
+        algorithm = config.build_algo() if config else ARPO.from_checkpoint(path)
+        try:
+            tasks = tasks or algorithm.eval_tasks
+            if not tasks:
+                raise ConfigError("this run has no eval_tasks: give some with --data")
+            result = evaluate_tasks(
+                algorithm,
+                tasks[:num_tasks],
+                temperature=temperature,
+                num_samples=num_samples,
+                seed=seed,
+            )
+        finally:
+            algorithm.stop()
+    title = f"{len(result.trees)} tasks, {num_samples} answers each"
+    Console().table(title, result.metrics)
+    if json_file is not None:
+        json_file.write_text(json.dumps(dict(result.metrics), indent=2) + "\n")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Run or checkpoint folder.")],
+    folder: Annotated[Path, typer.Argument(help="Hugging Face folder to write.")],
+) -> None:
+    """Write a checkpoint's model as a Hugging Face folder."""
+    from rllib_arpo.arpo import ARPO
+
+    path = _checkpoint(checkpoint)
+    with _ray():
+        algorithm = ARPO.from_checkpoint(str(path))
+        try:
+            algorithm.save_pretrained(folder)
+        finally:
+            algorithm.stop()
+        typer.echo(f"Wrote {folder}")
+
+
+@app.command()
+def info() -> None:
+    """Show versions and what this machine has."""
+    import torch
+
+    for package in PACKAGES:
+        try:
+            installed = version(package)
+        except PackageNotFoundError:
+            installed = "not installed"
+        typer.echo(f"{package:<16}{installed}")
+    typer.echo(f"{'python':<16}{platform.python_version()}")
+    typer.echo(f"{'cpu cores':<16}{os.cpu_count()}")
+    gpus = [
+        torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
+    ] or ["none"]
+    typer.echo(f"{'gpus':<16}{', '.join(gpus)}")
+
+
+def main() -> None:
+    """Run the command line."""
+    debug = "--debug" in sys.argv
+    sys.argv = [word for word in sys.argv if word != "--debug"]
+    if not debug:
+        _quiet()
+    try:
+        app()
+    except ARPOError as error:
+        if debug:
+            raise
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+
+
+def _train(algorithm: "ARPO", run: "Run", iterations: int, *, stage: str) -> None:
+    from rllib_arpo.progress import Console
+    from rllib_arpo.runs import train as train_loop
+
+    console = Console()
+    records: list[dict[str, Any]] = []
+    try:
+        with console.progress(iterations, stage, done=algorithm.iteration) as advance:
+
+            def note(record: dict[str, Any]) -> None:
+                records.append(record)
+                advance(record)
+
+            train_loop(
+                algorithm,
+                run,
+                num_iterations=iterations,
+                stage=stage,
+                on_iteration=note,
+            )
+        run.save_checkpoint(algorithm)
+        algorithm.save_pretrained(run.model)
+    except KeyboardInterrupt:
+        console.say(
+            f"Stopped; iteration {algorithm.iteration} is saved. Go on with: "
+            f"rllib-arpo train --resume {run.folder} --iterations {iterations}"
+        )
+        raise typer.Exit(130) from None
+    finally:
+        algorithm.stop()
+    _finish(run, records, console)
+
+
+def _finish(run: "Run", records: list[dict[str, Any]], console: "Console") -> None:
+    console.times(records)
+    curves = run.plot()
+    console.say(f"Model: {run.model}. Checkpoint: {run.checkpoint}. Curves: {curves}.")
+
+
+def _config_of(file: Path) -> "ARPOConfig":
+    from rllib_arpo.config import ARPOConfig
+
+    if not file.is_file():
+        raise ConfigError(f"there is no config file {file}")
+    config = runpy.run_path(str(file)).get("config")
+    if not isinstance(config, ARPOConfig):
+        raise ConfigError(f"{file} must define `config`, an ARPOConfig")
+    return config
+
+
+def _config_from_flags(
+    *,
+    data: Path | None,
+    model: str | None,
+    corpus: Path | None,
+    max_response_tokens: int,
+    num_env_runners: int,
+    seed: int,
+    batch_size: int = 1,
+    minibatch_size: int | None = None,
+    group_size: int = 16,
+    lr: float = 1e-6,
+    max_tool_calls: int = 5,
+    num_learners: int = 0,
+) -> "ARPOConfig":
+    from rllib_arpo.config import ARPOConfig
+    from rllib_arpo.envs.tool_use_env import ToolUseEnv
+    from rllib_arpo.tools.search import DocumentIndex
+    from rllib_arpo.tools.standard import StandardTools
+
+    if data is None or model is None:
+        raise ConfigError(
+            "--data and --model are both needed (or a config file, or --resume)"
+        )
+    _check_model(model)
+    if corpus is not None:
+        DocumentIndex.from_folder(corpus)
+    tools = StandardTools(str(corpus.absolute()) if corpus else None)
+    learners = _learners(num_learners, batch_size)
+    return (
+        ARPOConfig()
+        .environment(
+            env=ToolUseEnv,
+            env_config={
+                "tools": tools,
+                "tool_names": tools.tool_names,
+                "max_response_tokens": max_response_tokens,
+                "max_tool_calls": max_tool_calls,
+            },
+            train_tasks=str(data),
+            eval_tasks=str(data),
+        )
+        .rl_module(model_config={"model": model})
+        .tree_rollout(
+            group_size=group_size, num_initial_rollouts=max(group_size // 2, 1)
+        )
+        .training(
+            train_batch_size_per_learner=batch_size // learners,
+            minibatch_size=(minibatch_size or batch_size) // learners,
+            lr=lr,
+        )
+        .env_runners(num_env_runners=num_env_runners)
+        .learners(num_learners=num_learners)
+        .debugging(seed=seed, log_level="ERROR")
+    )
+
+
+def _learners(num_learners: int, batch_size: int) -> int:
+    learners = max(num_learners, 1)
+    if batch_size % learners:
+        raise ConfigError(
+            f"--batch-size ({batch_size}) must be a multiple of --num-learners "
+            f"({num_learners})"
+        )
+    return learners
+
+
+def _check_model(model: str) -> None:
+    """Refuse a model that cannot be loaded before anything starts."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f'no model "{model}": give a Hugging Face folder or hub name ({reason})'
+        ) from error
+
+
+def _is_model_folder(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and (
+        folder / "model.safetensors"
+    ).is_file()
+
+
+def _checkpoint(folder: Path) -> Path:
+    """The checkpoint in a run's folder, or the folder itself if it is one."""
+    for candidate in (folder / "checkpoint", folder):
+        if (candidate / "rllib_checkpoint.json").is_file():
+            return candidate.absolute()
+    raise ConfigError(
+        f"{folder} holds no checkpoint: give a run's folder, such as runs/quickstart"
+    )
+
+
+def _no_tools(task: Any) -> list[Any]:
+    return []
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
+    """Ray for the time of a command: the cluster at RAY_ADDRESS, or a local one."""
+    import ray
+
+    local: dict[str, Any] = {"include_dashboard": False}
+    ray.init(
+        log_to_driver=False,
+        logging_level="ERROR",
+        **({} if os.environ.get("RAY_ADDRESS") else local),
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _quiet() -> None:
+    """Keep the libraries' chatter off the terminal; `--debug` brings it back."""
+    from transformers.utils import logging as transformers_logging
+
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("ray", "ray.rllib", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
