@@ -45,7 +45,7 @@ class ParsedTurn:
         think: text of the last closed think block, None without one.
         tool: name of the called tool, None when the turn calls none.
         arguments: text between the tool's tags, stripped.
-        malformed_call: why the tool's closing tag is no call, None when it is one.
+        malformed_call: whether the tool's tag was closed but not opened.
         ended: whether the turn ends the dialogue with `</answer>`.
         answer: the final answer, None when the turn gives none.
         errors: what breaks the format in this turn.
@@ -54,7 +54,7 @@ class ParsedTurn:
     think: str | None = None
     tool: str | None = None
     arguments: str = ""
-    malformed_call: str | None = None
+    malformed_call: bool = False
     ended: bool = False
     answer: str | None = None
     errors: tuple[str, ...] = ()
@@ -242,7 +242,7 @@ class TagDialogue:
                 return ParsedTurn(
                     think=think,
                     tool=name,
-                    malformed_call=errors[-1],
+                    malformed_call=True,
                     errors=tuple(errors),
                 )
             content = text[start : match.start()].strip()

@@ -224,8 +224,8 @@ class ToolUseEnv(gymnasium.Env[TokenIds, TokenIds]):
         call = ToolCall(
             name=name, arguments=parsed.arguments, status="refused", num_attempts=0
         )
-        if parsed.malformed_call is not None:
-            text = f"Error: {parsed.malformed_call}."
+        if parsed.malformed_call:
+            text = f"Error: the {name} tag was closed but not opened."
         elif name not in self._tools:
             text = f"Error: there is no tool named {name}."
         elif self._num_tool_calls >= self.max_tool_calls:

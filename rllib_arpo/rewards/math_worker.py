@@ -36,8 +36,7 @@ def symbolic_equal(answer: str, gold: str, timeout_s: float) -> bool:
         if reply:
             _idle.append(worker)
         else:
-            worker.kill()
-            worker.wait()
+            _stop(worker)
     return reply.strip() == "true"
 
 
@@ -76,14 +75,14 @@ def _forget_workers() -> None:
     _idle.clear()
 
 
+def _stop(worker: "subprocess.Popen[str]") -> None:
+    worker.kill()
+    worker.communicate()  # waits, and closes the pipes
+
+
 def _stop_workers() -> None:
     while _idle:
-        worker = _idle.pop()
-        worker.kill()
-        worker.wait()
-        for pipe in (worker.stdin, worker.stdout):
-            if pipe is not None:
-                pipe.close()
+        _stop(_idle.pop())
 
 
 _inherited: list["subprocess.Popen[str]"] = []

@@ -176,7 +176,7 @@ def _run(
         return snapshot, "", ToolError("the interpreter crashed", retryable=True)
     except MontyError as error:
         return snapshot, "", ToolError(_last_line(error))
-    return snapshot, printed.output + _shown(value), None
+    return snapshot, (printed.output + _shown(value)).rstrip("\n"), None
 
 
 def _failed(

@@ -55,7 +55,7 @@ def test_a_well_formed_answer_is_read():
 
 def test_a_closing_tag_without_opener_is_an_error_and_calls_nothing():
     turn = DIALOGUE.parse("<think>t</think> query</search>")
-    assert turn.malformed_call == "</search> without <search>"
+    assert turn.malformed_call
     assert turn.errors == ("</search> without <search>",)
 
 
@@ -124,8 +124,8 @@ def test_any_text_parses_and_a_clean_turn_has_a_call_or_an_answer_or_neither(par
     assert not (turn.tool and turn.ended)
     if turn.answer is not None:
         assert turn.ended
-    if turn.malformed_call is not None:
-        assert turn.malformed_call in turn.errors
+    if turn.malformed_call:
+        assert f"</{turn.tool}> without <{turn.tool}>" in turn.errors
 
 
 def test_stop_strings_are_the_closing_tags_of_the_tools_and_of_the_answer():

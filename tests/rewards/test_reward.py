@@ -1,0 +1,142 @@
+import functools
+
+import pytest
+
+from rllib_arpo.errors import RewardError
+from rllib_arpo.rewards.reward import (
+    PaperReward,
+    overlong_penalty,
+    paper_reward,
+    score,
+)
+from rllib_arpo.tree import Message, Task, ToolCall, Trajectory, Turn
+
+
+def trajectory(
+    answer="44",
+    *,
+    gold="44",
+    ability="qa",
+    calls=(),
+    errors=(),
+    num_tokens=0,
+    max_tokens=100,
+) -> Trajectory:
+    """One turn for each (tool, status), and a last one."""
+    turns = [
+        Turn(
+            text=f"<{name}>x</{name}>",
+            tool_call=ToolCall(name=name, arguments="x", status=status),
+            tool_result="<search></search><python></python><think>",
+        )
+        for name, status in calls
+    ]
+    return Trajectory(
+        task=Task(
+            task_id="t7",
+            messages=(Message(role="user", content="?"),),
+            answers=(gold,),
+            ability=ability,
+        ),
+        turns=(*turns, Turn(text="<answer></answer>")),
+        answer=answer,
+        format_errors=tuple(errors),
+        num_response_tokens=num_tokens,
+        max_response_tokens=max_tokens,
+    )
+
+
+BOTH = (("search", "ok"), ("python", "ok"))
+
+
+@pytest.mark.parametrize(
+    ("finished", "reward"),
+    [
+        (trajectory(), 1.0),
+        (trajectory("45"), 0.0),
+        (trajectory("Vienna", gold="Vienna, Austria"), 2 / 3),
+        (trajectory("0.5", gold=r"\frac{1}{2}", ability="math"), 1.0),
+        (trajectory("1.5", gold="15", ability="math"), 0.0),
+        (trajectory(errors=["no <think> block"]), -1.0),
+        (trajectory(None), -1.0),
+        (trajectory(calls=BOTH), 1.1),
+        (trajectory("45", calls=BOTH), 0.0),  # a bonus only on top of a right answer
+        (trajectory(calls=BOTH, errors=["nested"]), -1.0),
+        (trajectory(calls=BOTH[:1]), 1.0),
+        (trajectory(calls=[("search", "ok"), ("python", "error")]), 1.0),
+        (trajectory(calls=[("search", "refused"), ("python", "ok")]), 1.0),
+        (trajectory(calls=[("search", "timeout"), *BOTH]), 1.1),
+    ],
+)
+def test_the_paper_s_reward(finished, reward):
+    assert score(paper_reward, finished)[0] == pytest.approx(reward)
+
+
+def test_its_parts_are_named():
+    assert score(paper_reward, trajectory(calls=BOTH))[1] == {
+        "accuracy": 1.0,
+        "format": 0.0,
+        "multi_tool_bonus": 0.1,
+    }
+    assert score(paper_reward, trajectory(None))[1] == {
+        "accuracy": 0.0,
+        "format": -1.0,
+        "multi_tool_bonus": 0.0,
+    }
+
+
+def test_its_numbers_and_tools_can_be_chosen():
+    reward = PaperReward(multi_tool_bonus=0.5, format_penalty=-2.0, tools=("lookup",))
+    assert score(reward, trajectory(calls=[("lookup", "ok")]))[0] == 1.5
+    assert score(reward, trajectory(None))[0] == -2.0
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "penalty"),
+    [
+        (0, 0.0),
+        (80, 0.0),  # 100 - 20: the buffer begins
+        (85, -0.25),  # (80 - 85) / 20
+        (90, -0.5),
+        (100, -1.0),
+        (120, -1.0),
+    ],
+)
+def test_overlong_responses_are_punished_along_a_line(num_tokens, penalty):
+    given = overlong_penalty(num_tokens, max_response_tokens=100, buffer_tokens=20)
+    assert given == penalty
+
+
+def test_the_length_penalty_is_a_part_and_is_off_unless_asked_for():
+    long = trajectory(num_tokens=90, max_tokens=100)
+    reward, parts = score(PaperReward(overlong_buffer_tokens=20), long)
+    assert parts["overlong"] == -0.5
+    assert reward == 0.5
+    assert "overlong" not in score(paper_reward, long)[1]
+
+
+def test_a_plain_function_may_return_a_number_or_parts():
+    assert score(lambda _: 2, trajectory()) == (2.0, {"reward": 2.0})
+    parts = {"a": 1, "b": -0.5}
+    assert score(lambda _: parts, trajectory()) == (0.5, parts)
+    partial = functools.partial(lambda t, x: x, x=3.0)
+    assert score(partial, trajectory())[0] == 3.0
+
+
+@pytest.mark.parametrize(
+    "nonsense", [None, "good", float("nan"), {"a": float("inf")}, {"a": None}, {}]
+)
+def test_nonsense_is_refused_and_names_the_function_and_the_task(nonsense):
+    def my_reward(_):
+        return nonsense
+
+    with pytest.raises(RewardError, match=r"my_reward.*'t7'"):
+        score(my_reward, trajectory())
+
+
+def test_a_function_that_raises_is_named():
+    def my_reward(_):
+        raise KeyError("gold")
+
+    with pytest.raises(RewardError, match=r"my_reward.*KeyError.*'t7'"):
+        score(my_reward, trajectory())
