@@ -14,7 +14,7 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import ml_dtypes
 import numpy as np
@@ -132,7 +132,7 @@ class CausalLMRLModule(TorchRLModule):
             # Padding stands on the right, so causal attention alone keeps it out.
             if self.head_is_plain:
                 hidden = model.base_model(**inputs).last_hidden_state
-                head = model.get_output_embeddings()
+                head = cast(Head, model.get_output_embeddings())
             else:
                 hidden, head = model(**inputs).logits, _identity
             logprobs, entropies = score_targets(
@@ -324,9 +324,10 @@ def _load(name: str, dtype: torch.dtype) -> PreTrainedModel:
     for key, value in config.to_dict().items():
         if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
             setattr(config, key, 0.0)
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         name, config=config, dtype=dtype, output_loading_info=True
     )
+    model, report = loaded
     absent = sorted(report["missing_keys"])
     if absent:
         raise ConfigError(

@@ -145,7 +145,7 @@ def attribute(
         puts on each of its segments.
     """
     spread = soft_attribution if attribution == "soft" else hard_attribution
-    advantages = []
+    advantages: list[np.ndarray] = []
     for tree in trees:
         if normalization == "group":
             leaf_advantages = group_advantages(

@@ -8,7 +8,7 @@ yourself. Columns [N] that it adds to the packed batch reach
 `ARPOTorchLearner.compute_token_losses` padded to [B, T].
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -23,6 +23,8 @@ from rllib_arpo.learner.advantages import Attribution, Normalization, attribute
 
 if TYPE_CHECKING:
     from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+
+    from rllib_arpo.learner.settings import LearnerSettings
 
 ADVANTAGES_OF_TREES = "advantages_of_trees"
 REWARD_MEAN = "reward_mean"
@@ -131,20 +133,21 @@ def build_learner_pipeline(
     Raises:
         ConfigError: no such packing.
     """
-    if with_advantages and config.packing != "paths":
-        raise ConfigError(f"packing is {config.packing!r}: expected 'paths'")
-    spaces = (input_observation_space, input_action_space)
+    spaces: Any = (input_observation_space, input_action_space)
     pieces: list[ConnectorV2] = []
     if config._learner_connector is not None:
         made = config._learner_connector(*spaces)
         pieces.extend([made] if isinstance(made, ConnectorV2) else made)
     if with_advantages:
+        settings = cast("LearnerSettings", config)
+        if settings.packing != "paths":
+            raise ConfigError(f"packing is {settings.packing!r}: expected 'paths'")
         pieces.append(
             AttributeAdvantages(
                 *spaces,
-                attribution=config.advantage_attribution,
-                normalization=config.advantage_normalization,
-                normalize_by_std=config.normalize_by_std,
+                attribution=settings.advantage_attribution,
+                normalization=settings.advantage_normalization,
+                normalize_by_std=settings.normalize_by_std,
             )
         )
     pieces.append(PackTrees(*spaces))

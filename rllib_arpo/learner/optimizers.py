@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.rl_module import to_numpy, to_tensor
 
+OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["constant", "linear", "cosine"]
 
 MUON_MOMENTUM = 0.95
@@ -34,7 +35,7 @@ class NamedOptimizer(NamedTuple):
 def build_optimizers(
     model: PreTrainedModel,
     *,
-    optimizer: Literal["adamw", "muon"],
+    optimizer: OptimizerName,
     lr: float,
     muon_lr: float,
     weight_decay: float,
@@ -74,7 +75,9 @@ def build_optimizers(
     groups = [group for group in groups if group["params"]]
     built: list[NamedOptimizer] = []
     if groups:
-        adamw = torch.optim.AdamW(groups, lr=lr, betas=tuple(adam_betas), fused=True)
+        adamw = torch.optim.AdamW(
+            groups, lr=lr, betas=(adam_betas[0], adam_betas[1]), fused=True
+        )
         built.append(NamedOptimizer("adamw", adamw, rest, lr))
     if matrices:
         muon = torch.optim.Muon(

@@ -97,7 +97,8 @@ def pack_paths(
 
 
 def _join(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype, copy=False)
+    empty: np.ndarray = np.zeros(0, dtype)
+    return np.concatenate([empty, *arrays]).astype(dtype, copy=False)
 
 
 def _or_fill(values: np.ndarray, length: int, fill: float) -> np.ndarray:
@@ -107,7 +108,7 @@ def _or_fill(values: np.ndarray, length: int, fill: float) -> np.ndarray:
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """[Σ lengths]: start, start + 1, ... of each range, one range after the other."""
     offsets = np.cumsum(lengths) - lengths
-    return np.repeat(starts - offsets, lengths) + np.arange(lengths.sum())
+    return np.repeat(starts - offsets, lengths) + np.arange(int(lengths.sum()))
 
 
 def loss_tokens(columns: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -115,6 +116,11 @@ def loss_tokens(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     lengths = columns[ROW_LENGTHS]
     row_of_token = np.repeat(np.arange(len(lengths)), lengths)
     return np.bincount(row_of_token[columns[LOSS_MASK]], minlength=len(lengths))
+
+
+def rows_of_trees(columns: Mapping[str, np.ndarray], trees: np.ndarray) -> np.ndarray:
+    """Indices of all rows of the trees with the given numbers."""
+    return np.flatnonzero(np.isin(columns[TREE_INDEX], trees))
 
 
 def split_rows(
@@ -152,8 +158,9 @@ def row_index(
         valid: [B, T] bool, False for padding.
     """
     starts = (np.cumsum(row_lengths) - row_lengths)[rows]
-    steps = np.arange(row_lengths[rows].max(initial=0))
-    valid = steps < row_lengths[rows, None]
+    longest = int(row_lengths[rows].max(initial=0))
+    steps = np.arange(longest)
+    valid: np.ndarray = steps < row_lengths[rows, None]
     return np.where(valid, starts[:, None] + steps, 0), valid
 
 
@@ -185,8 +192,12 @@ def collate(
             values = column[rows]
         else:
             values = np.where(valid, column[index], np.zeros((), column.dtype))
-        batch[name] = torch.from_numpy(values).to(device)
-    last = index[:, :1] * 0 + np.arange(index.shape[1])
-    positions = np.where(valid, columns[POSITION_IDS][index], last)
-    batch[POSITION_IDS] = torch.from_numpy(positions).to(device)
+        batch[name] = _to_tensor(values, device)
+    counted: np.ndarray = np.arange(index.shape[1])
+    positions = np.where(valid, columns[POSITION_IDS][index], counted)
+    batch[POSITION_IDS] = _to_tensor(positions, device)
     return batch
+
+
+def _to_tensor(values: np.ndarray, device: torch.device | str) -> Tensor:
+    return torch.as_tensor(values).to(device)

@@ -4,7 +4,8 @@ A step's figures are sums over its loss tokens; they are added up on the device,
 once, and merged over learners. A learner without rows takes part with nothing.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -60,6 +61,41 @@ class StepTotals:
         # `max` would drop a NaN.
         if not other.grad_norm <= self.grad_norm:
             self.grad_norm = other.grad_norm
+
+
+def summarize(
+    steps: Sequence[StepTotals], *, first_step_only: Collection[str] = ()
+) -> dict[str, float]:
+    """One number per metric for the steps of an update that were taken.
+
+    Args:
+        steps: in order; those whose gradient was not finite do not count.
+        first_step_only: metrics that compare the sampler with the learner; later
+            steps differ because the learner learned.
+
+    Returns:
+        Means over loss tokens, maxima, and total_loss, grad_norm (means over steps),
+        num_tokens_trained; empty when no step was taken.
+    """
+    taken = [step for step in steps if math.isfinite(step.grad_norm)]
+    if not taken:
+        return {}
+    update = StepTotals()
+    for step in taken:
+        update.add(step)
+    values = {name: value / update.num_tokens for name, value in update.sums.items()}
+    for name in first_step_only:
+        if name in taken[0].sums:
+            values[name] = taken[0].sums[name] / taken[0].num_tokens
+    return (
+        values
+        | update.maxima
+        | {
+            "total_loss": update.loss / len(taken),
+            "grad_norm": sum(step.grad_norm for step in taken) / len(taken),
+            "num_tokens_trained": update.num_tokens,
+        }
+    )
 
 
 class MicrobatchSums:

@@ -13,17 +13,21 @@ from torch import Tensor
 from rllib_arpo.learner import packing
 from rllib_arpo.learner.reduction import TokenLosses
 from rllib_arpo.learner.torch_learner import ARPOTorchLearner
+from rllib_arpo.rl_module import EntropyMode
 
 
 class SFTTorchLearner(ARPOTorchLearner):
     """Maximises the likelihood of the model's own tokens."""
 
-    entropy_needed = False
+    @property
+    def temperature(self) -> float:
+        """Traces are learned as they stand, without a temperature."""
+        return 1.0
 
     @property
-    @override(ARPOTorchLearner)
-    def temperature(self) -> float:
-        return 1.0
+    def entropy_mode(self) -> EntropyMode:
+        """No entropies: they are not part of the loss and cost time."""
+        return "none"
 
     @override(ARPOTorchLearner)
     def prepare_columns(self, columns: packing.FlatColumns) -> packing.FlatColumns:

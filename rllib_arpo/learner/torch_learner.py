@@ -17,7 +17,7 @@ Where this differs from RLlib's own loop, and why:
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -52,9 +52,11 @@ from rllib_arpo.learner.reduction import (
     TokenLosses,
     gather,
     sum_gradients,
+    summarize,
 )
+from rllib_arpo.learner.settings import LearnerSettings
 from rllib_arpo.learner.training_data import TreeTrainingData, as_tree_data
-from rllib_arpo.rl_module import CausalLMRLModule, to_numpy
+from rllib_arpo.rl_module import CausalLMRLModule, EntropyMode, to_numpy
 
 SCHEDULE = "schedule"
 DIFFERENCE = "sampler_logprob_difference"
@@ -65,8 +67,6 @@ class ARPOTorchLearner(TorchLearner):
 
     To change the objective, override `compute_token_losses`.
     """
-
-    entropy_needed = True
 
     @override(TorchLearner)
     def build(self) -> None:
@@ -79,25 +79,41 @@ class ARPOTorchLearner(TorchLearner):
                 dist.broadcast(parameter.data, src=0)
 
     @property
+    def settings(self) -> LearnerSettings:
+        """The config, as far as a learner reads it."""
+        return cast(LearnerSettings, self.config)
+
+    @property
     def language_model(self) -> CausalLMRLModule:
         """The module being trained."""
-        return self.module[DEFAULT_MODULE_ID]
+        return cast(CausalLMRLModule, self.module[DEFAULT_MODULE_ID])
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the distribution that the tokens were sampled from."""
+        return self.settings.temperature
+
+    @property
+    def entropy_mode(self) -> EntropyMode:
+        """Whether the loss needs entropies, and with gradient."""
+        return "gradient" if self.settings.entropy_coeff else "value"
 
     @override(TorchLearner)
     def _make_modules_ddp_if_necessary(self) -> None:
-        """Gradients are summed by `_reduce_gradients`."""
+        """Nothing to wrap: `sum_gradients` adds up the learners' gradients."""
 
     @override(TorchLearner)
     def configure_optimizers_for_module(
         self, module_id: str, config: Any = None
     ) -> None:
+        settings = self.settings
         self.named_optimizers = build_optimizers(
-            self.module[module_id].model,
-            optimizer=config.optimizer,
-            lr=config.lr,
-            muon_lr=config.muon_lr,
-            weight_decay=config.weight_decay,
-            adam_betas=config.adam_betas,
+            self.language_model.model,
+            optimizer=settings.optimizer,
+            lr=settings.lr,
+            muon_lr=settings.muon_lr,
+            weight_decay=settings.weight_decay,
+            adam_betas=settings.adam_betas,
         )
         for named in self.named_optimizers:
             self.register_optimizer(
@@ -126,64 +142,46 @@ class ARPOTorchLearner(TorchLearner):
         _no_metrics_reduce: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Train on whole trees.
+        """Train on whole trees, given as `TreeTrainingData`, `episodes` or their refs.
 
-        Args:
-            batch: not supported, as are the other stock forms of data.
-            batches: not supported.
-            batch_refs: not supported.
-            episodes: list of trees, instead of `training_data`.
-            episodes_refs: Ray references to them.
-            data_iterators: not supported.
-            training_data: a `TreeTrainingData`.
-            timesteps: RLlib's step counters, passed to the hooks.
-            num_total_minibatches: unused, learners agree on it themselves.
-            num_epochs: default `config.num_epochs`.
-            minibatch_size: trees per step and learner, default
-                `config.minibatch_size`; None takes all trees in one step.
-            shuffle_batch_per_epoch: shuffle the trees in each epoch.
-            _no_metrics_reduce: RLlib's, leaves the metrics unreduced.
-            kwargs: further arguments of `LearnerGroup.update`, unused.
-
-        Returns:
-            RLlib's reduced metrics.
+        `num_epochs` and `minibatch_size` (trees per step and learner; None takes all
+        trees in one step) default to the config's. The number of steps is agreed on
+        between learners; RLlib's other forms of data and arguments are not read.
         """
         self._check_is_built()
         self.before_gradient_based_update(timesteps=timesteps or {})
         data = as_tree_data(training_data, episodes, episodes_refs)
-        trees = data.episodes or []
         self._weights_seq_no += 1
         columns = self.prepare_columns(self._run_connectors(data))
         steps = [
             self._train_step(columns, rows)
             for rows in self._minibatches(
                 columns,
-                num_trees=len(trees),
-                num_epochs=num_epochs or self.config.num_epochs,
-                minibatch_size=minibatch_size or self.config.minibatch_size,
+                num_trees=len(data.trees),
+                num_epochs=num_epochs or self.settings.num_epochs,
+                minibatch_size=minibatch_size or self.settings.minibatch_size,
                 shuffle=shuffle_batch_per_epoch,
             )
         ]
-        self._log_results([step for step in steps if step is not None])
-        for key, reduce in (
+        self._log_update([step for step in steps if step is not None])
+        num_turns = sum(map(len, data.trees))
+        for name, reduce in (
             (NUM_ENV_STEPS_TRAINED, "sum"),
             (NUM_ENV_STEPS_TRAINED_LIFETIME, "lifetime_sum"),
         ):
-            self.metrics.log_value(
-                (ALL_MODULES, key), sum(map(len, trees)), reduce=reduce
-            )
+            self.metrics.log_value((ALL_MODULES, name), num_turns, reduce=reduce)
         self.after_gradient_based_update(timesteps=timesteps or {})
         return None if _no_metrics_reduce else self.metrics.reduce()
 
     def _run_connectors(self, data: TreeTrainingData) -> packing.FlatColumns:
-        if not data.episodes:
+        pipeline = self._learner_connector
+        if pipeline is None or not data.trees:
             return packing.pack_paths([])
-        shared_data = {REWARD_MEAN: data.reward_mean, REWARD_STD: data.reward_std}
-        batch = self._learner_connector(
+        batch = pipeline(
             rl_module=self.module,
             batch={},
-            episodes=data.episodes,
-            shared_data=shared_data,
+            episodes=cast(list, data.trees),
+            shared_data={REWARD_MEAN: data.reward_mean, REWARD_STD: data.reward_std},
             metrics=self.metrics,
         )
         return batch[DEFAULT_MODULE_ID]
@@ -191,7 +189,7 @@ class ARPOTorchLearner(TorchLearner):
     def prepare_columns(self, columns: packing.FlatColumns) -> packing.FlatColumns:
         """Add `old_logprobs`: the sampler's, or recomputed before the first step."""
         old = columns[packing.ROLLOUT_LOGPROBS]
-        if self.config.old_logprobs == "recompute":
+        if self.settings.old_logprobs == "recompute":
             old = self._score_rows(columns)
         return {**columns, packing.OLD_LOGPROBS: old}
 
@@ -218,15 +216,13 @@ class ARPOTorchLearner(TorchLearner):
         """Row indices of each optimizer step; equally many steps on all learners."""
         wanted = math.ceil(num_trees / (minibatch_size or max(num_trees, 1)))
         num_steps = max(gather(wanted, distributed=self.distributed))
-        if num_steps == 0:
-            return
-        for epoch in range(num_epochs):
+        for epoch in range(num_epochs if num_steps else 0):
             order = np.arange(num_trees)
             if shuffle:
-                seed = (self.config.seed or 0, self._weights_seq_no, epoch)
+                seed = (self.settings.seed or 0, self._weights_seq_no, epoch)
                 np.random.default_rng(seed).shuffle(order)
             for part in np.array_split(order, num_steps):
-                yield np.flatnonzero(np.isin(columns[packing.TREE_INDEX], part))
+                yield packing.rows_of_trees(columns, part)
 
     def _microbatches(
         self, columns: packing.FlatColumns, rows: np.ndarray
@@ -234,27 +230,16 @@ class ARPOTorchLearner(TorchLearner):
         return packing.split_rows(
             columns[packing.ROW_LENGTHS],
             rows,
-            max_tokens=self.config.max_tokens_per_microbatch,
+            max_tokens=self.settings.max_tokens_per_microbatch,
         )
 
     def _forward(
-        self, columns: packing.FlatColumns, rows: np.ndarray, entropy: str
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        self, columns: packing.FlatColumns, rows: np.ndarray, entropy: EntropyMode
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         batch: dict[str, Any] = packing.collate(columns, rows, device=self._device)
         batch["temperature"] = self.temperature
         batch["entropy"] = entropy
         return batch, self.language_model.forward_train(batch)
-
-    @property
-    def temperature(self) -> float:
-        """Temperature of the distribution that the tokens were sampled from."""
-        return self.config.temperature
-
-    @property
-    def _entropy_mode(self) -> str:
-        if not self.entropy_needed:
-            return "none"
-        return "gradient" if self.config.entropy_coeff else "value"
 
     def compute_token_losses(
         self, batch: Mapping[str, Any], fwd_out: Mapping[str, Tensor]
@@ -270,16 +255,16 @@ class ARPOTorchLearner(TorchLearner):
         Returns:
             Losses and metrics, all [B, T].
         """
-        config = self.config
+        settings = self.settings
         logprobs = fwd_out["logprobs"]
         rollout, old = batch[packing.ROLLOUT_LOGPROBS], batch[packing.OLD_LOGPROBS]
         policy = losses.policy_loss(
             logprobs,
             old,
             batch[packing.ADVANTAGES],
-            clip_param=config.clip_param,
-            clip_param_high=config.clip_param_high,
-            dual_clip=config.dual_clip,
+            clip_param=settings.clip_param,
+            clip_param_high=settings.clip_param_high,
+            dual_clip=settings.dual_clip,
         )
         loss = policy.loss
         metrics = {
@@ -290,35 +275,38 @@ class ARPOTorchLearner(TorchLearner):
             "kl_to_sampler": losses.kl_k3(logprobs, rollout),
             DIFFERENCE: (logprobs - rollout).abs(),
         }
-        if config.tis_cap is not None:
-            weights = losses.importance_weights(old, rollout, cap=config.tis_cap)
+        if settings.tis_cap is not None:
+            weights = losses.importance_weights(old, rollout, cap=settings.tis_cap)
             loss = weights * loss
-            metrics["tis_fraction_capped"] = (weights >= config.tis_cap).float()
-        if config.kl_coeff:
+            metrics["tis_fraction_capped"] = (weights >= settings.tis_cap).float()
+        if settings.kl_coeff:
             kl = losses.kl_k3(logprobs, fwd_out["ref_logprobs"])
-            loss = loss + config.kl_coeff * kl
+            loss = loss + settings.kl_coeff * kl
             metrics["kl"] = kl
-        if config.entropy_coeff:
-            loss = loss - config.entropy_coeff * fwd_out["entropies"]
+        if settings.entropy_coeff:
+            loss = loss - settings.entropy_coeff * fwd_out["entropies"]
         return TokenLosses(loss, metrics, {"ratio_max": policy.ratio})
 
     @override(Learner)
     def compute_loss_for_module(
-        self,
-        *,
-        module_id: str,
-        config: Any,
-        batch: dict[str, Any],
-        fwd_out: dict[str, Tensor],
+        self, *, module_id: str, config: Any, batch: Any, fwd_out: Any
     ) -> Tensor:
         """RLlib's hook: the loss of a padded batch taken as one whole step."""
+        rows = batch[packing.LOSS_MASK].sum(-1)
+        counts = (int(rows.sum()), int((rows > 0).sum()))
+        return self._weigh(batch, self.compute_token_losses(batch, fwd_out), counts)
+
+    def _weigh(
+        self, batch: Mapping[str, Any], token_losses: TokenLosses, counts: Any
+    ) -> Tensor:
+        """Weighted sum of a micro-batch; `counts` are the step's tokens and rows."""
+        aggregation = self.settings.loss_aggregation
         mask = batch[packing.LOSS_MASK]
-        token_mean = config.loss_aggregation == "token_mean"
-        count = mask.sum() if token_mean else mask.any(-1).sum()
         weights = losses.token_weights(
-            mask, aggregation=config.loss_aggregation, normalizer=float(count)
+            mask,
+            aggregation=aggregation,
+            normalizer=float(counts[0] if aggregation == "token_mean" else counts[1]),
         )
-        token_losses = self.compute_token_losses(batch, fwd_out)
         return (weights * token_losses.loss.where(mask, 0.0)).sum()
 
     def _train_step(
@@ -326,26 +314,20 @@ class ARPOTorchLearner(TorchLearner):
     ) -> StepTotals | None:
         """One optimizer step; None when no learner has a loss token."""
         tokens = packing.loss_tokens(columns)[rows]
-        counts = (int(tokens.sum()), int((tokens > 0).sum()))
-        num_tokens, num_rows = np.sum(gather(counts, distributed=self.distributed), 0)
-        if num_tokens == 0:
+        own = (int(tokens.sum()), int((tokens > 0).sum()))
+        counts = np.sum(gather(own, distributed=self.distributed), axis=0)
+        if counts[0] == 0:
             return None
-        aggregation = self.config.loss_aggregation
-        normalizer = num_tokens if aggregation == "token_mean" else num_rows
         for named in self.named_optimizers:
             named.optimizer.zero_grad(set_to_none=True)
         sums = MicrobatchSums()
         for chosen in self._microbatches(columns, rows[tokens > 0]):
-            batch, fwd_out = self._forward(columns, chosen, self._entropy_mode)
-            mask = batch[packing.LOSS_MASK]
+            batch, fwd_out = self._forward(columns, chosen, self.entropy_mode)
             token_losses = self.compute_token_losses(batch, fwd_out)
-            weights = losses.token_weights(
-                mask, aggregation=aggregation, normalizer=float(normalizer)
-            )
-            loss = (weights * token_losses.loss.where(mask, 0.0)).sum()
+            loss = self._weigh(batch, token_losses, counts)
             loss.backward()
-            sums.add(loss, token_losses, mask)
-        return self._apply_step(sums, counts[0])
+            sums.add(loss, token_losses, batch[packing.LOSS_MASK])
+        return self._apply_step(sums, own[0])
 
     def _apply_step(self, sums: MicrobatchSums, num_tokens: int) -> StepTotals:
         """Clip and step, unless the gradient of any learner is not finite."""
@@ -355,51 +337,34 @@ class ARPOTorchLearner(TorchLearner):
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         totals = StepTotals()
-        for part in gather(sums.totals(num_tokens, norm), distributed=self.distributed):
+        own = sums.totals(num_tokens, norm)
+        for part in gather(own, distributed=self.distributed):
             totals.add(part)
         if not math.isfinite(totals.grad_norm):
             self.num_skipped_steps += 1
             return totals
-        if self.config.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(
-                parameters, self.config.grad_clip, norm
-            )
-        set_learning_rate(self.named_optimizers, self.learning_rate_factor())
+        grad_clip = self.settings.grad_clip
+        if grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+        factor = learning_rate_factor(
+            self.num_optimizer_steps,
+            schedule=self.settings.lr_schedule,
+            warmup_steps=self.settings.lr_warmup_steps,
+            total_steps=self.settings.lr_total_steps,
+        )
+        set_learning_rate(self.named_optimizers, factor)
         for named in self.named_optimizers:
             named.optimizer.step()
         self.num_optimizer_steps += 1
         return totals
 
-    def learning_rate_factor(self) -> float:
-        """What the peak learning rates are multiplied with in the next step."""
-        return learning_rate_factor(
-            self.num_optimizer_steps,
-            schedule=self.config.lr_schedule,
-            warmup_steps=self.config.lr_warmup_steps,
-            total_steps=self.config.lr_total_steps,
-        )
-
-    def _log_results(self, steps: list[StepTotals]) -> None:
-        """Log the update: means over the loss tokens of the steps that were taken."""
+    def _log_update(self, steps: list[StepTotals]) -> None:
         values: dict[str, float] = {
-            "learning_rate": self.learning_rate_factor() * self.config.lr,
+            "learning_rate": self.named_optimizers[0].optimizer.param_groups[0]["lr"],
             "num_optimizer_steps": self.num_optimizer_steps,
             "num_skipped_steps": self.num_skipped_steps,
         }
-        taken = [step for step in steps if math.isfinite(step.grad_norm)]
-        if taken:
-            update = StepTotals()
-            for step in taken:
-                update.add(step)
-            for name, value in update.sums.items():
-                values[name] = value / update.num_tokens
-            # Later steps differ from the sampler because they learned something.
-            if DIFFERENCE in taken[0].sums:
-                values[DIFFERENCE] = taken[0].sums[DIFFERENCE] / taken[0].num_tokens
-            values |= update.maxima
-            values["total_loss"] = update.loss / len(taken)
-            values["grad_norm"] = sum(step.grad_norm for step in taken) / len(taken)
-            values["num_tokens_trained"] = update.num_tokens
+        values |= summarize(steps, first_step_only=(DIFFERENCE,))
         for name, value in values.items():
             self.metrics.log_value((DEFAULT_MODULE_ID, name), value, window=1)
 

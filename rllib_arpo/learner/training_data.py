@@ -7,7 +7,7 @@ minibatches in turns. Here a tree stays whole: its advantages need all its leave
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from ray.rllib.core.learner.training_data import TrainingData
@@ -31,10 +31,15 @@ class TreeTrainingData(TrainingData):
 
     def __post_init__(self) -> None:
         if self.episodes is not None and self.reward_mean is None:
-            rewards = [leaf.reward for tree in self.episodes for leaf in tree.leaves]
+            rewards = [leaf.reward for tree in self.trees for leaf in tree.leaves]
             values = np.array(rewards, np.float64)
             self.reward_mean = float(values.mean()) if len(values) else 0.0
             self.reward_std = sample_std(values)
+
+    @property
+    def trees(self) -> list[RolloutTree]:
+        """The trees in `episodes`; RLlib knows its own episode types only."""
+        return cast(list[RolloutTree], self.episodes or [])
 
     def solve_refs(self) -> None:
         """Fetch `episodes_refs`."""
@@ -55,13 +60,13 @@ class TreeTrainingData(TrainingData):
         return [
             (
                 TreeTrainingData(
-                    episodes=[self.episodes[i] for i in part],
+                    episodes=cast(list, [self.trees[i] for i in part]),
                     reward_mean=self.reward_mean,
                     reward_std=self.reward_std,
                 ),
                 {},
             )
-            for part in balance([row_tokens(t) for t in self.episodes], num_shards)
+            for part in balance([row_tokens(t) for t in self.trees], num_shards)
         ]
 
 
@@ -96,7 +101,7 @@ def balance(costs: Sequence[int], num_parts: int) -> list[list[int]]:
 
 def as_tree_data(
     training_data: TrainingData | None,
-    episodes: list[RolloutTree] | None = None,
+    episodes: list[Any] | None = None,
     episodes_refs: list[Any] | None = None,
 ) -> TreeTrainingData:
     """Whatever form RLlib hands trees over in, as fetched `TreeTrainingData`."""

@@ -276,8 +276,8 @@ def test_the_learning_rate_follows_optimizer_steps(model) -> None:
     learner = build_learner(
         model, minibatch_size=2, lr=0.1, lr_schedule="linear", lr_total_steps=6
     )
-    # 3 steps done: p = 3/6
-    assert update(learner)["learning_rate"] == pytest.approx(0.05)
+    # The third step was taken at p = 2/6.
+    assert update(learner)["learning_rate"] == pytest.approx(0.1 * 4 / 6)
     # The last of the six steps was taken at p = 5/6.
     update(learner)
     (named,) = learner.named_optimizers
