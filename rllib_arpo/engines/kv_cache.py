@@ -64,12 +64,12 @@ class SlotPool(Cache):
 
     @torch.inference_mode()
     def reserve(self, num_slots: int, length: int) -> None:
-        """Make room for at least so many slots and tokens, by doubling."""
+        """Make room for at least so many slots and tokens, and some to spare."""
         if num_slots <= self.num_slots and length < self.length:
             return
         slots = max(self.num_slots, 1 << (num_slots - 1).bit_length())
         # One position more than the longest sequence: padding is written there.
-        tokens = max(self.length, 64, 1 << length.bit_length())
+        tokens = max(self.length, -(-(length + 1 + length // 4) // 64) * 64)
         self.keys = self._grown(self.keys, slots, tokens)
         self.values = self._grown(self.values, slots, tokens)
         self.num_slots, self.length = slots, tokens

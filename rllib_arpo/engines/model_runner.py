@@ -8,13 +8,14 @@ key-value head become query positions of that head, and no key is repeated.
 
 import inspect
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -32,7 +33,7 @@ def _slot_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     batch, heads, count, _ = query.shape
     if attention_mask is None or count > 1:
@@ -93,8 +94,9 @@ class ModelRunner:
         """Vocabulary size, and keys and values of one token for each layer."""
         cache = DynamicCache()
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        layers = cast(list[DynamicLayer], cache.layers)
         output = self.model(token, past_key_values=cache, use_cache=True)
-        like = [(layer.keys, layer.values) for layer in cache.layers]
+        like = [cast(KeysValues, (one.keys, one.values)) for one in layers]
         shapes = {(keys.shape, values.shape) for keys, values in like}
         if len(shapes) != 1:
             raise ConfigError(

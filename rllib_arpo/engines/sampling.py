@@ -171,7 +171,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, size: int) -> list[bytes]:
         `size` byte strings.
     """
     known = min(size, len(tokenizer))
-    pieces = tokenizer.convert_ids_to_tokens(list(range(known)))
+    pieces = [*tokenizer.convert_ids_to_tokens(list(range(known)))]
     added = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items()}
     kind = _decoder_kind(tokenizer, pieces)
     from_char = {char: byte for byte, char in _byte_level_alphabet().items()}
@@ -213,8 +213,8 @@ def _sentencepiece_bytes(piece: str) -> bytes:
 def _decoded_bytes(tokenizer: PreTrainedTokenizerBase, index: int) -> bytes:
     # Decoded after itself, so that a leading space or a "##" is treated as inside
     # a text.
-    once = tokenizer.decode([index])
-    return tokenizer.decode([index, index])[len(once) :].encode()
+    once, twice = tokenizer.batch_decode([[index], [index, index]])
+    return twice[len(once) :].encode()
 
 
 def _byte_level_alphabet() -> dict[int, str]:

@@ -19,7 +19,8 @@ from rllib_arpo.errors import ConfigError, EngineError, WeightSyncError
 from tests.models import CONFIGS, Family, tiny_model
 from tests.tokenizers import qwen_like
 
-TOKENIZER = qwen_like()
+TOKENIZER, WITHOUT_EOS = qwen_like(), qwen_like()
+WITHOUT_EOS.eos_token = None
 VOCAB = 400
 
 
@@ -61,10 +62,8 @@ def reciting_model(script: Sequence[int]) -> PreTrainedModel:
 
 
 def engine_of(model: PreTrainedModel, **settings) -> TorchEngine:
-    # EOS is switched off where a test is not about it.
-    engine = TorchEngine(model, TOKENIZER, **settings)
-    engine._is_eos[:] = False
-    return engine
+    """Without EOS, for tests that are not about it."""
+    return TorchEngine(model, WITHOUT_EOS, **settings)
 
 
 def prompt_of(length: int, seed: int = 0) -> np.ndarray:
