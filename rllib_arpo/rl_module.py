@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import ml_dtypes
 import numpy as np
 import torch
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
@@ -31,6 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from rllib_arpo.arrays import to_numpy, to_tensor
 from rllib_arpo.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -82,7 +82,13 @@ class CausalLMRLModule(TorchRLModule):
         self.compute_dtype = DTYPES[dtype]
         stored = self.compute_dtype if self.inference_only else torch.float32
         self.model = load_causal_lm(self.source, stored)
-        self.head_is_plain = head_is_plain(self.model)
+        try:
+            self.head_is_plain = head_is_plain(self.model)
+        except AttributeError as error:  # RLlib would swallow it
+            raise ConfigError(
+                f"model {self.source!r} is not a causal language model that can be "
+                f"trained here: {error}"
+            ) from error
         if config.get("gradient_checkpointing"):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.reference: PreTrainedModel | None = None
@@ -375,30 +381,3 @@ def copy_tokenizer(source: str, folder: Path) -> None:
         for file in origin.glob(pattern):
             if file.resolve() != (folder / file.name).resolve():
                 shutil.copy(file, folder / file.name)
-
-
-def to_numpy(tensor: Tensor, dtype: torch.dtype | None = None) -> np.ndarray:
-    """Copy a tensor into an array of its own; bfloat16 becomes `ml_dtypes.bfloat16`.
-
-    Args:
-        tensor: on any device.
-        dtype: convert floating point tensors to this one first.
-    """
-    if dtype is not None and tensor.is_floating_point():
-        tensor = tensor.to(dtype)
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().copy().view(ml_dtypes.bfloat16)
-    return tensor.numpy().copy()
-
-
-def to_tensor(array: np.ndarray | Tensor) -> Tensor:
-    """The inverse of `to_numpy`; arrays from Ray's object store are read-only."""
-    if isinstance(array, Tensor):
-        return array
-    array = np.ascontiguousarray(array)
-    if not array.flags.writeable:
-        array = array.copy()
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rllib_arpo.arrays import to_numpy, to_tensor
 from rllib_arpo.errors import ConfigError
-from rllib_arpo.rl_module import CausalLMRLModule, score_targets, to_numpy, to_tensor
+from rllib_arpo.rl_module import CausalLMRLModule, score_targets
 from tests.learner.helpers import module_spec
 from tests.models import save_tiny_model, tiny_model
 

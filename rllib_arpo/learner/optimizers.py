@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from rllib_arpo.arrays import to_numpy, to_tensor
 from rllib_arpo.errors import ConfigError
-from rllib_arpo.rl_module import to_numpy, to_tensor
 
 OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -146,8 +146,18 @@ def learning_rate_factor(
     return (1.0 + math.cos(math.pi * progress)) / 2
 
 
-def set_learning_rate(built: list[NamedOptimizer], factor: float) -> None:
-    """Give every parameter group its peak learning rate times `factor`."""
+def set_learning_rate(
+    built: list[NamedOptimizer],
+    step: int,
+    *,
+    schedule: Schedule,
+    warmup_steps: int,
+    total_steps: int | None,
+) -> None:
+    """Set every learning rate for one step (see `learning_rate_factor`)."""
+    factor = learning_rate_factor(
+        step, schedule=schedule, warmup_steps=warmup_steps, total_steps=total_steps
+    )
     for named in built:
         for group in named.optimizer.param_groups:
             group["lr"] = named.peak_lr * factor

@@ -96,7 +96,7 @@ def pack_paths(
     }
 
 
-def _join(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+def _join(arrays: list[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
     empty: np.ndarray = np.zeros(0, dtype)
     return np.concatenate([empty, *arrays]).astype(dtype, copy=False)
 
@@ -193,7 +193,7 @@ def collate(
         else:
             values = np.where(valid, column[index], np.zeros((), column.dtype))
         batch[name] = _to_tensor(values, device)
-    counted: np.ndarray = np.arange(index.shape[1])
+    counted = np.arange(int(index.shape[1]))
     positions = np.where(valid, columns[POSITION_IDS][index], counted)
     batch[POSITION_IDS] = _to_tensor(positions, device)
     return batch

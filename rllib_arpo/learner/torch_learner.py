@@ -27,21 +27,16 @@ from ray.rllib.core.learner.learner import Learner
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.utils.annotations import override
-from ray.rllib.utils.metrics import (
-    ALL_MODULES,
-    NUM_ENV_STEPS_TRAINED,
-    NUM_ENV_STEPS_TRAINED_LIFETIME,
-    WEIGHTS_SEQ_NO,
-)
+from ray.rllib.utils.metrics import ALL_MODULES, NUM_ENV_STEPS_TRAINED, WEIGHTS_SEQ_NO
 from torch import Tensor
 
+from rllib_arpo.arrays import to_numpy
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.learner import losses, packing
 from rllib_arpo.learner.connectors import REWARD_MEAN, REWARD_STD
 from rllib_arpo.learner.optimizers import (
     NamedOptimizer,
     build_optimizers,
-    learning_rate_factor,
     load_optimizer_state,
     optimizer_state,
     set_learning_rate,
@@ -56,7 +51,8 @@ from rllib_arpo.learner.reduction import (
 )
 from rllib_arpo.learner.settings import LearnerSettings
 from rllib_arpo.learner.training_data import TreeTrainingData, as_tree_data
-from rllib_arpo.rl_module import CausalLMRLModule, EntropyMode, to_numpy
+from rllib_arpo.rl_module import CausalLMRLModule, EntropyMode
+from rllib_arpo.tree import RolloutTree
 
 SCHEDULE = "schedule"
 DIFFERENCE = "sampler_logprob_difference"
@@ -163,13 +159,7 @@ class ARPOTorchLearner(TorchLearner):
                 shuffle=shuffle_batch_per_epoch,
             )
         ]
-        self._log_update([step for step in steps if step is not None])
-        num_turns = sum(map(len, data.trees))
-        for name, reduce in (
-            (NUM_ENV_STEPS_TRAINED, "sum"),
-            (NUM_ENV_STEPS_TRAINED_LIFETIME, "lifetime_sum"),
-        ):
-            self.metrics.log_value((ALL_MODULES, name), num_turns, reduce=reduce)
+        self._log_update([s for s in steps if s is not None], data.trees)
         self.after_gradient_based_update(timesteps=timesteps or {})
         return None if _no_metrics_reduce else self.metrics.reduce()
 
@@ -236,9 +226,8 @@ class ARPOTorchLearner(TorchLearner):
     def _forward(
         self, columns: packing.FlatColumns, rows: np.ndarray, entropy: EntropyMode
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        batch: dict[str, Any] = packing.collate(columns, rows, device=self._device)
-        batch["temperature"] = self.temperature
-        batch["entropy"] = entropy
+        batch: dict[str, Any] = {"temperature": self.temperature, "entropy": entropy}
+        batch |= packing.collate(columns, rows, device=self._device)
         return batch, self.language_model.forward_train(batch)
 
     def compute_token_losses(
@@ -292,8 +281,8 @@ class ARPOTorchLearner(TorchLearner):
         self, *, module_id: str, config: Any, batch: Any, fwd_out: Any
     ) -> Tensor:
         """RLlib's hook: the loss of a padded batch taken as one whole step."""
-        rows = batch[packing.LOSS_MASK].sum(-1)
-        counts = (int(rows.sum()), int((rows > 0).sum()))
+        mask = batch[packing.LOSS_MASK]
+        counts = (int(mask.sum()), int(mask.any(-1).sum()))
         return self._weigh(batch, self.compute_token_losses(batch, fwd_out), counts)
 
     def _weigh(
@@ -343,22 +332,21 @@ class ARPOTorchLearner(TorchLearner):
         if not math.isfinite(totals.grad_norm):
             self.num_skipped_steps += 1
             return totals
-        grad_clip = self.settings.grad_clip
-        if grad_clip is not None:
+        if (grad_clip := self.settings.grad_clip) is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
-        factor = learning_rate_factor(
+        set_learning_rate(
+            self.named_optimizers,
             self.num_optimizer_steps,
             schedule=self.settings.lr_schedule,
             warmup_steps=self.settings.lr_warmup_steps,
             total_steps=self.settings.lr_total_steps,
         )
-        set_learning_rate(self.named_optimizers, factor)
         for named in self.named_optimizers:
             named.optimizer.step()
         self.num_optimizer_steps += 1
         return totals
 
-    def _log_update(self, steps: list[StepTotals]) -> None:
+    def _log_update(self, steps: list[StepTotals], trees: list[RolloutTree]) -> None:
         values: dict[str, float] = {
             "learning_rate": self.named_optimizers[0].optimizer.param_groups[0]["lr"],
             "num_optimizer_steps": self.num_optimizer_steps,
@@ -367,6 +355,8 @@ class ARPOTorchLearner(TorchLearner):
         values |= summarize(steps, first_step_only=(DIFFERENCE,))
         for name, value in values.items():
             self.metrics.log_value((DEFAULT_MODULE_ID, name), value, window=1)
+        turns = (ALL_MODULES, NUM_ENV_STEPS_TRAINED)
+        self.metrics.log_value(turns, sum(map(len, trees)), reduce="sum")
 
     @override(TorchLearner)
     def get_state(
@@ -389,9 +379,11 @@ class ARPOTorchLearner(TorchLearner):
         # The stock method ignores weights that are older than the ones in place; a
         # checkpoint is restored whatever its age.
         current, self._weights_seq_no = self._weights_seq_no, -1
-        super().set_state(state)
-        if self._weights_seq_no == -1:
-            self._weights_seq_no = state.get(WEIGHTS_SEQ_NO, current)
+        try:
+            super().set_state(state)
+        finally:
+            if self._weights_seq_no == -1:
+                self._weights_seq_no = state.get(WEIGHTS_SEQ_NO, current)
         if SCHEDULE in state:
             self.num_optimizer_steps = int(state[SCHEDULE]["num_optimizer_steps"])
             self.num_skipped_steps = int(state[SCHEDULE]["num_skipped_steps"])
