@@ -95,6 +95,7 @@ def test_whole_numbers_are_equal_only_to_themselves(left, right):
         ("1.5 m", "15 m", 0.5),  # only the m is shared: 1/2 and 1/2
         ("-3", "3", 0.0),
         ("1.0", "1", 1.0),
+        ("2.5.1", "2.5", 0.0),  # a version is no number
         ("1,000 people", "1000 people", 1.0),
         ("U.S.", "US", 1.0),
         ("don't", "dont", 1.0),
