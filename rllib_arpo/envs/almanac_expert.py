@@ -18,6 +18,7 @@ from rllib_arpo.envs.almanac import (
     Question,
     Split,
     calculate,
+    neighbor_name,
     search_result,
 )
 from rllib_arpo.envs.dialogue import TagDialogue
@@ -113,8 +114,9 @@ class AlmanacExpert:
     ) -> list[Part]:
         """The turns of one answer: ("model", its text) and ("tool", a result).
 
-        A line that is read is written down first, `<think> depth vifel 44</think>`:
-        the decision is then one token, the name, and the value follows from it.
+        A line that is read is written down first, as
+        `<think> depth vifel north 44</think>`: the decision is then one token, the
+        part of the place, and the value follows from it.
         """
         question: Question = task.metadata["question"]
         skill = CLEAN if clean else self._skill
@@ -151,7 +153,10 @@ class AlmanacExpert:
                 int(self._look_up(world_id, fact, skill, rng, draft)) for fact in wanted
             ]
             return [read[0], read[-1]]
-        name = self._look_up(world_id, first, skill, rng, draft) if hop else first[0]
+        name = first[0]
+        if hop:
+            part = self._look_up(world_id, first, skill, rng, draft)
+            name = neighbor_name(name, part)
         fact = (name, question.lookups[1][1])
         return [int(self._look_up(world_id, fact, skill, rng, draft))]
 

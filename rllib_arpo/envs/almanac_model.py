@@ -64,6 +64,10 @@ def build_model(
 
     The weights are drawn wider than a large model's (0.1 against 0.02): at this
     width that is what keeps activations near 1.
+
+    Transformers' `AutoTokenizer` takes every folder whose config says Qwen2 for one
+    of Qwen's own tokenizers and replaces how text is split; load the tokenizer of
+    such a folder with `PreTrainedTokenizerFast`.
     """
     config = Qwen2Config(
         vocab_size=len(tokenizer),
