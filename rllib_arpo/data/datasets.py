@@ -45,14 +45,14 @@ def load_tasks(source: str | Path, *, limit: int | None = None) -> Sequence[Task
     if path.suffix == ".parquet":
         rows = _parquet_rows(path)
     elif path.suffix == ".jsonl":
-        rows = _jsonl_rows(path)
+        rows = jsonl_rows(path)
     else:
         raise DataError(f"{path}: expected a .parquet or .jsonl file")
     tasks: list[Task] = []
     for number, row in enumerate(rows):
         if len(tasks) == limit:
             break
-        tasks.append(_task(_Row(path, number, row)))
+        tasks.append(_task(Row(path, number, row)))
     if not tasks:
         raise DataError(f"{path} holds no rows")
     return tasks
@@ -140,7 +140,7 @@ class TaskCursor:
         return rng.permutation(len(self._tasks)).tolist()
 
 
-class _Row:
+class Row:
     """A row and its place, for messages that name it."""
 
     def __init__(self, path: Path, number: int, fields: object) -> None:
@@ -166,7 +166,12 @@ def _parquet_rows(path: Path) -> Iterator[object]:
         raise DataError(f"{path} cannot be read as parquet: {error}") from error
 
 
-def _jsonl_rows(path: Path) -> Iterator[object]:
+def jsonl_rows(path: Path) -> Iterator[object]:
+    """The lines of a jsonl file.
+
+    Raises:
+        DataError: a line is no JSON; names file and row.
+    """
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines):
             if not line.strip():
@@ -177,7 +182,7 @@ def _jsonl_rows(path: Path) -> Iterator[object]:
                 raise DataError(f"{path}, row {number}: no JSON: {error}") from error
 
 
-def _task(row: _Row) -> Task:
+def _task(row: Row) -> Task:
     extra = row.fields.get("extra_info") or {}
     ability = row.fields.get("ability") or "qa"
     if not isinstance(ability, str):
@@ -193,7 +198,7 @@ def _task(row: _Row) -> Task:
     )
 
 
-def _messages(row: _Row) -> tuple[Message, ...]:
+def _messages(row: Row) -> tuple[Message, ...]:
     field = next((f for f in QUESTION_FIELDS if row.fields.get(f)), None)
     if field is None:
         names = ", ".join(f"`{name}`" for name in QUESTION_FIELDS)
@@ -219,7 +224,7 @@ def _messages(row: _Row) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def _answers(row: _Row) -> tuple[str, ...]:
+def _answers(row: Row) -> tuple[str, ...]:
     field = "answer"
     given = row.fields.get("answer")
     reward_model = row.fields.get("reward_model")
@@ -235,7 +240,7 @@ def _answers(row: _Row) -> tuple[str, ...]:
     return answers
 
 
-def _answer(row: _Row, field: str, given: object) -> str:
+def _answer(row: Row, field: str, given: object) -> str:
     if isinstance(given, bool) or not isinstance(given, str | int | float):
         raise row.error(field, f"expected text or a number, got {given!r}")
     answer = str(given)
