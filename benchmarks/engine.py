@@ -194,7 +194,7 @@ def measure(name: str, tokens: int, repetitions: int) -> list[dict[str, object]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=96, help="of an equal request")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
