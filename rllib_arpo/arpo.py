@@ -86,17 +86,22 @@ class ARPO(Algorithm):
     @override(Algorithm)
     def training_step(self) -> None:
         """Sample, update, sync."""
-        with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
+        with self._timed(ENV_RUNNER_SAMPLING_TIMER):
             trees = self._sample()
-        with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
+        with self._timed(LEARNER_UPDATE_TIMER):
             self._update(trees)
-        with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
+        with self._timed(SYNCH_WORKER_WEIGHTS_TIMER):
             self.sync_weights()
+
+    def _timed(self, name: str) -> Any:
+        # RLlib's default is a moving average, which no other number here is.
+        return self.metrics.log_time((TIMERS, name), reduce="mean", window=1)
 
     def _sample(self) -> list[RolloutTree]:
         """One iteration's trees; with dynamic sampling only those that teach."""
         count = self.config.total_train_batch_size
         trees = self._sample_next_tasks(count)
+        sampled = list(trees)
         rounds = 0
         if self.config.dynamic_sampling:
             # DAPO, arXiv:2503.14476, section 3.2: a group of equal rewards has no
@@ -109,7 +114,9 @@ class ARPO(Algorithm):
                 rounds += 1
                 more = self._sample_next_tasks(count - len(useful))
                 useful += [tree for tree in more if _has_signal(tree)]
+                sampled += more
             trees = (useful + spare)[:count]
+            self._log_trees(sampled, (ENV_RUNNER_RESULTS,))
         self.metrics.log_value(
             (ENV_RUNNER_RESULTS, DYNAMIC_SAMPLING_ROUNDS), rounds, window=1
         )
@@ -197,24 +204,23 @@ class ARPO(Algorithm):
                 num_requeued += len(todo)
                 self._wait_for_env_runner(group)
         trees = [grown[seed] for seed in seeds]
-        self._log_trees(trees, stats, num_requeued, results_key)
+        logger = MetricsLogger(root=False)
+        logger.log_value(NUM_TREES_REQUEUED, num_requeued, reduce="sum")
+        self.metrics.aggregate([*stats, logger.reduce()], key=results_key)
+        self._log_trees(trees, results_key)
         return trees
 
     def _log_trees(
-        self,
-        trees: list[RolloutTree],
-        stats: list[dict[str, Any]],
-        num_requeued: int,
-        results_key: tuple[str, ...],
+        self, trees: Sequence[RolloutTree], results_key: tuple[str, ...]
     ) -> None:
         values = tree_metrics(
             trees, entropy_probe_tokens=self.config.entropy_probe_tokens
         )
-        values[NUM_TREES_REQUEUED] = float(num_requeued)
         logger = MetricsLogger(root=False)
         for name, value in values.items():
             logger.log_value(name, value, window=1)
-        self.metrics.aggregate([*stats, logger.reduce()], key=results_key)
+        # RLlib's `evaluate` reads what was aggregated last, not what was logged.
+        self.metrics.aggregate([logger.reduce()], key=results_key)
         limit = self.config.max_tool_failure_share
         share, calls = values[TOOL_FAILURE_SHARE], int(values[NUM_TOOL_CALLS])
         if limit is not None and calls >= MIN_CALLS_FOR_OUTAGE and share > limit:

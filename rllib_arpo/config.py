@@ -18,7 +18,11 @@ the driver holds no model; and evaluation runs on the training EnvRunners unless
 from collections.abc import Mapping
 from typing import Any, Self
 
-from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
+from ray.rllib.algorithms.algorithm_config import (
+    DEPRECATED_VALUE,
+    AlgorithmConfig,
+    NotProvided,
+)
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils.annotations import override
 
@@ -472,6 +476,16 @@ class ARPOConfig(AlgorithmConfig):
         from ray.rllib.connectors.module_to_env import ModuleToEnvPipeline
 
         return ModuleToEnvPipeline(connectors=[])
+
+    @override(AlgorithmConfig)
+    def get_state(self) -> dict[str, Any]:
+        """As RLlib's, which drops every setting that equals -1, with those kept."""
+        dropped = {
+            name: value
+            for name, value in vars(self).items()
+            if value == DEPRECATED_VALUE and name not in ("algo_class", "_is_frozen")
+        }
+        return dropped | super().get_state()
 
     def tree_settings(self) -> TreeSettings:
         """The settings of `grow_tree`, with the branching rule resolved.

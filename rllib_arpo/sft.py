@@ -11,7 +11,7 @@ from typing import Any, Self
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.utils.annotations import override
-from ray.rllib.utils.metrics import LEARNER_UPDATE_TIMER, TIMERS
+from ray.rllib.utils.metrics import LEARNER_UPDATE_TIMER
 
 from rllib_arpo.arpo import ARPO
 from rllib_arpo.config import ARPOConfig
@@ -97,7 +97,7 @@ class SFT(ARPO):
                 "There is nothing to imitate: set `.environment(train_traces=...)` to "
                 "a list of trees or a function that returns one."
             )
-        with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
+        with self._timed(LEARNER_UPDATE_TIMER):
             self._update(self._cursor.next(self.config.total_train_batch_size))
 
     @override(Algorithm)

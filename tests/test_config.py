@@ -1,0 +1,225 @@
+"""`ARPOConfig`: chained groups, refusals that name the cure, and what survives."""
+
+import pytest
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+
+from rllib_arpo import ARPO, SFT, ARPOConfig, SFTConfig
+from rllib_arpo.errors import ConfigError
+from rllib_arpo.rollouts.branching import BranchPoint, LeafBudget, never, threshold
+from tests.tiny_runs import arpo_config
+
+FOLDER = "some/folder"
+
+
+def branch_on_a_whim(point: BranchPoint) -> bool:
+    return point.num_tool_calls > 1
+
+
+def test_every_group_returns_the_config() -> None:
+    config = ARPOConfig()
+    assert config.environment(train_tasks=[]) is config
+    assert config.env_runners(num_env_runners=0) is config
+    assert config.tree_rollout(group_size=4) is config
+    assert config.engine("torch") is config
+    assert config.training(clip_param_high=0.28) is config
+    assert config.learners(num_learners=0) is config
+    assert config.rl_module(model_config={"model": FOLDER}) is config
+    assert config.evaluation(evaluation_duration=3) is config
+    assert config.checkpointing(export_native_model_files=False) is config
+    assert config.fault_tolerance(restart_failed_env_runners=True) is config
+    assert config.debugging(deterministic=True, seed=3) is config
+    assert (config.group_size, config.clip_param_high, config.seed) == (4, 0.28, 3)
+
+
+def test_a_valid_config_validates() -> None:
+    arpo_config(FOLDER).validate()
+
+
+def test_a_group_changes_only_what_it_was_given() -> None:
+    before = vars(ARPOConfig())
+    after = vars(ARPOConfig().tree_rollout(branch_base=0.25))
+    assert {name for name in before if after[name] != before[name]} == {"branch_base"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"group_size": 4, "num_initial_rollouts": 8},
+            ["`num_initial_rollouts` (8)", "`group_size` (4)", "Lower"],
+        ),
+        (
+            {"group_size": 4, "num_initial_rollouts": 4},
+            ["`num_initial_rollouts` (4)", "`group_size` (4)", '"never"'],
+        ),
+        (
+            {"train_batch_size_per_learner": 4, "minibatch_size": 8},
+            ["`minibatch_size` (8)", "`train_batch_size_per_learner` (4)"],
+        ),
+        (
+            {"minibatch_size": None},
+            ["`minibatch_size` (None)", "`train_batch_size_per_learner` (4)"],
+        ),
+        ({"temperature": 0.0}, ["`temperature` (0)", "evaluation_config"]),
+        ({"temperature": -0.5}, ["`temperature` (-0.5)", ">= 0"]),
+        (
+            {"top_p": 0.9},
+            ["`top_p` (0.9)", "`old_logprobs` ('rollout')", 'old_logprobs="recompute"'],
+        ),
+        ({"top_k": 5}, ["`top_k` (5)", "`old_logprobs` ('rollout')"]),
+        ({"top_k": -1}, ["`top_k` (-1)", "0 keeps all"]),
+        ({"top_p": 0.0}, ["`top_p` (0.0)", "(0, 1]"]),
+        (
+            {"lr_schedule": "cosine"},
+            ["`lr_schedule` ('cosine')", "`lr_total_steps` (None)"],
+        ),
+        (
+            {"clip_param": 0.2, "clip_param_high": 0.1},
+            ["`clip_param_high` (0.1)", "`clip_param` (0.2)"],
+        ),
+        ({"clip_param": 1.5}, ["`clip_param` (1.5)", "(0, 1)"]),
+        ({"dual_clip": 1.0}, ["`dual_clip` (1.0)", "None"]),
+        ({"branch_factor": 1}, ["`branch_factor` (1)", '"never"']),
+        ({"branch_rule": "sometimes"}, ['`branch_rule` ("sometimes")', "bernoulli"]),
+        ({"optimizer": "sgd"}, ["`optimizer` ('sgd')", "'adamw'", "'muon'"]),
+        ({"engine_name": "vllmm"}, ["`engine_name` ('vllmm')", "'torch'"]),
+        ({"packing": "trees"}, ["`packing` ('trees')", "'paths'"]),
+        (
+            {"evaluation_interval": 5, "eval_tasks": None},
+            ["`evaluation_interval` (5)", "`eval_tasks` is None", "eval_tasks=..."],
+        ),
+        ({"evaluation_duration_unit": "timesteps"}, ["'timesteps'", "'episodes'"]),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_contradictions_are_refused_with_both_values_and_the_cure(
+    settings, words
+) -> None:
+    config = arpo_config(FOLDER)
+    for name, value in settings.items():
+        assert hasattr(config, name), name
+        setattr(config, name, value)
+    with pytest.raises(ConfigError) as refused:
+        config.validate()
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_an_evaluation_without_a_fixed_number_of_tasks_is_refused() -> None:
+    config = arpo_config(FOLDER).evaluation(
+        evaluation_duration="auto",
+        evaluation_num_env_runners=1,
+        evaluation_parallel_to_training=True,
+    )
+    with pytest.raises(ConfigError, match=r"`evaluation_duration` \('auto'\).*number"):
+        config.validate()
+
+
+def test_a_missing_model_is_refused() -> None:
+    config = arpo_config(FOLDER).rl_module(model_config={"dtype": "float32"})
+    with pytest.raises(ConfigError, match=r"No model.*rl_module\(model_config="):
+        config.validate()
+
+
+def test_a_cut_distribution_is_allowed_when_probabilities_are_recomputed() -> None:
+    arpo_config(FOLDER).engine(top_p=0.9).training(old_logprobs="recompute").validate()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda c: c.environment(train_task=[]),
+        lambda c: c.tree_rollout(group_sizes=3),
+        lambda c: c.engine(temprature=1.0),
+        lambda c: c.training(clip_parameter=0.1),
+        lambda c: c.debugging(determinist=True),
+    ],
+)
+def test_an_unknown_keyword_is_refused(call) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        call(ARPOConfig())
+
+
+def test_no_default_of_ours_is_minus_one() -> None:
+    ours = vars(ARPOConfig()).keys() - vars(AlgorithmConfig()).keys()
+    assert len(ours) > 30
+    assert [name for name in ours if getattr(ARPOConfig(), name) == -1] == []
+
+
+def test_every_setting_survives_state_and_copy() -> None:
+    config = (
+        arpo_config(FOLDER)
+        # RLlib's own state forgets whatever equals -1.
+        .tree_rollout(branch_entropy_weight=-1.0, branch_threshold=-1)
+        .engine(temperature=0.7, engine_kwargs={"max_num_seqs": 3})
+        .training(adam_betas=(0.8, 0.9), dual_clip=None, lr_total_steps=9)
+    )
+    # RLlib writes policies as tuples; functools' functions equal only themselves.
+    names = vars(config).keys() - {"policies", "train_tasks", "eval_tasks"}
+    for other in (ARPOConfig.from_state(config.get_state()), config.copy()):
+        assert type(other) is ARPOConfig
+        different = {
+            name for name in names if getattr(other, name) != getattr(config, name)
+        }
+        assert different == set()
+
+
+def test_an_sft_config_comes_back_as_one() -> None:
+    config = SFTConfig().environment(train_traces=[]).training(lr=0.5)
+    other = ARPOConfig.from_state(config.get_state())
+    assert type(other) is SFTConfig and other.algo_class is SFT
+    assert (other.lr, other.train_traces) == (0.5, [])
+    assert ARPOConfig.from_state(ARPOConfig().get_state()).algo_class is ARPO
+
+
+@pytest.mark.parametrize(
+    "rule", [branch_on_a_whim, f"{__name__}:branch_on_a_whim"], ids=["function", "path"]
+)
+def test_a_rule_of_the_users_own_is_used(rule) -> None:
+    resolved = ARPOConfig().tree_rollout(branch_rule=rule).tree_settings().branch_rule
+    assert resolved.__name__ == "branch_on_a_whim"
+    assert ARPOConfig().tree_settings().branch_rule is threshold
+
+
+@pytest.mark.parametrize("path", ["no.such.module:rule", "math:no_such_rule"])
+def test_an_import_path_that_leads_nowhere_is_refused(path) -> None:
+    config = arpo_config(FOLDER).tree_rollout(branch_rule=path)
+    with pytest.raises(ConfigError, match=r"branch_rule.*cannot import"):
+        config.validate()
+
+
+def test_never_branching_is_grpo() -> None:
+    settings = (
+        ARPOConfig()
+        .tree_rollout(branch_rule="never", group_size=16, num_initial_rollouts=8)
+        .tree_settings()
+    )
+    assert settings.branch_rule is never
+    # All 16 start at once: nothing is left for branches or a second wave.
+    assert LeafBudget(settings).num_initial == 16
+
+
+def test_evaluation_takes_one_independent_rollout_unless_told_otherwise() -> None:
+    config = arpo_config(FOLDER).evaluation(
+        evaluation_interval=1,
+        evaluation_config=ARPOConfig.overrides(temperature=0.0),
+    )
+    evaluation = config.get_evaluation_config_object()
+    settings = evaluation.tree_settings()
+    assert (settings.group_size, settings.num_initial_rollouts) == (1, 1)
+    assert settings.branch_rule is never
+    assert evaluation.sampling_params().temperature == 0.0
+    assert config.sampling_params().temperature == 1.0
+    config.evaluation(
+        evaluation_config=ARPOConfig.overrides(group_size=5, num_initial_rollouts=5)
+    )
+    settings = config.get_evaluation_config_object().tree_settings()
+    assert settings.group_size == 5
+
+
+def test_remote_env_runners_leave_the_driver_without_a_model() -> None:
+    config = arpo_config(FOLDER).env_runners(num_env_runners=2)
+    config.validate()
+    assert config.create_local_env_runner is False
+    config.env_runners(num_env_runners=0).validate()
+    assert config.create_local_env_runner is True
