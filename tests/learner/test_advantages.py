@@ -32,7 +32,7 @@ def test_group_advantages_divide_by_the_sample_std() -> None:
 
 def test_equal_rewards_give_zeros() -> None:
     # The mean of three times 0.1 is not exactly 0.1 in floating point.
-    advantages = group_advantages(np.full(3, 0.1, np.float32), normalize_by_std=True)
+    advantages = group_advantages(np.full(3, 0.1), normalize_by_std=True)
     assert advantages.tolist() == [0, 0, 0]
 
 

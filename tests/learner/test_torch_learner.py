@@ -334,3 +334,30 @@ def test_batch_normalization_uses_the_statistics_that_were_sent(model) -> None:
     columns = learner._run_connectors(data)
     # rewards 1 and 0: (1 - 2) / .5 = -2, (0 - 2) / .5 = -4
     np.testing.assert_allclose(columns["advantages"], [-2] * 8 + [-4] * 9, rtol=1e-5)
+
+
+def test_the_objective_is_the_weighted_sum_of_its_terms(model) -> None:
+    learner = build_learner(
+        model, kl_coeff=0.5, entropy_coeff=0.25, tis_cap=2.0, dual_clip=None
+    )
+    ln2 = float(np.log(2.0))
+    token = {  # one token: log π = log π_old = -1, A = 3
+        "logprobs": torch.tensor([[-1.0]]),
+        "entropies": torch.tensor([[1.2]]),
+        "ref_logprobs": torch.tensor([[-1.0 + ln2]]),
+    }
+    batch = {
+        packing.OLD_LOGPROBS: torch.tensor([[-1.0]]),
+        packing.ROLLOUT_LOGPROBS: torch.tensor([[-1.0 + ln2]]),
+        packing.ADVANTAGES: torch.tensor([[3.0]]),
+    }
+    got = learner.compute_token_losses(batch, token)
+    # w = exp(-ln 2) = .5: .5 * (-3) + .5 * (2 - ln 2 - 1) - .25 * 1.2
+    assert got.loss.item() == pytest.approx(-1.5 + 0.5 * (1 - ln2) - 0.3, rel=1e-5)
+    assert got.metrics["kl"].item() == pytest.approx(1 - ln2, rel=1e-5)
+    assert got.metrics["tis_fraction_capped"].item() == 0
+    batch[packing.ROLLOUT_LOGPROBS] = torch.tensor([[-1.0 - 2 * ln2]])
+    # exp(2 ln 2) = 4 is cut to 2: 2 * (-3)
+    got = learner.compute_token_losses(batch, token)
+    assert got.loss.item() == pytest.approx(-6 + 0.5 * (1 - ln2) - 0.3, rel=1e-5)
+    assert got.metrics["tis_fraction_capped"].item() == 1
