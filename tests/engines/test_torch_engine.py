@@ -325,6 +325,7 @@ def test_closing_the_iterator_frees_the_slot() -> None:
             waiting = asyncio.create_task(collect(engine, ask("b", prompt_of(5, 1))))
             await asyncio.sleep(0)
             assert engine.metrics()["num_waiting"] == 1
+        assert engine.metrics()["num_running"] == 0
         first = await waiting
         task = asyncio.create_task(collect(engine, ask("c", prompt_of(5), 400)))
         while engine.metrics()["num_running"] == 0:
