@@ -7,6 +7,7 @@ so a request may join or leave at any step.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,6 +112,7 @@ class TorchEngine:
         self._waiting: dict[str, Sequence] = {}
         self._task: asyncio.Task[None] | None = None
         self._released: asyncio.Future[None] | None = None
+        self._step_time_s = 0.0
         self._holders = self._news = self._version = 0
         self._closed = False
 
@@ -145,6 +147,7 @@ class TorchEngine:
         """Counters since the start, and what runs, waits and is cached."""
         return {
             **self._batch.counts,
+            "step_time_s": self._step_time_s,
             "num_running": len(self._batch.running),
             "num_waiting": len(self._waiting),
             "prefix_cache_tokens": self._batch.tree.num_tokens,
@@ -238,7 +241,9 @@ class TorchEngine:
                 try:
                     self._admit()
                     if self._batch.running:
+                        start = time.monotonic()
                         self._batch.step(self._version)
+                        self._step_time_s += time.monotonic() - start
                 except Exception as error:  # the boundary to the model's code
                     self._fail(f"a step failed: {error}", error)
                 await asyncio.sleep(0)
