@@ -9,14 +9,13 @@ import json
 import logging
 import os
 import platform
-import runpy
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -38,6 +37,13 @@ PACKAGES = (
     "pydantic-monty",
     "mlflow",
 )
+
+NOTHING_WRITTEN = (
+    "Warning: the model wrote no token, for every prompt fills its context. Take a "
+    "model with a longer one."
+)
+# Typer names only the leaves of its tree of errors.
+USAGE_ERROR = cast(type[Exception], typer.BadParameter.__base__)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -83,12 +89,16 @@ def quickstart(
 
 @app.command()
 def train(
+    context: typer.Context,
     config: Annotated[
         Path | None,
         typer.Argument(help="Python file that defines `config`, an ARPOConfig."),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Training tasks: .parquet or .jsonl.")
+    ] = None,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="Tasks that `evaluate` takes unless told.")
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Hugging Face folder or hub name.")
@@ -113,22 +123,25 @@ def train(
         Path | None, typer.Option(help="Folder of a run to go on with.")
     ] = None,
 ) -> None:
-    """Train by ARPO, from a config file or from flags."""
-    from rllib_arpo.arpo import ARPO
+    """Train by ARPO, from a config file, from flags, or on from a checkpoint."""
+    from rllib_arpo.cli_config import config_of_file, config_of_flags
     from rllib_arpo.runs import Run
 
     if resume is not None:
-        checkpoint = _checkpoint(resume)
-        run = Run(resume, resume=True)
-        with _ray():
-            algorithm = ARPO.from_checkpoint(str(checkpoint))
-            _train(algorithm, run, iterations, stage="ARPO")
+        _only(context, "--resume", "resume", "iterations")
+        _resume(resume, iterations)
         return
-    built = (
-        _config_of(config)
-        if config is not None
-        else _config_from_flags(
+    if config is not None:
+        _only(context, str(config), "config", "model", "iterations", "out")
+        built = config_of_file(config, model)
+    elif data is None or model is None:
+        raise ConfigError(
+            "--data and --model are both needed (or a config file, or --resume)"
+        )
+    else:
+        built = config_of_flags(
             data=data,
+            eval_data=eval_data,
             model=model,
             corpus=corpus,
             batch_size=batch_size,
@@ -141,12 +154,11 @@ def train(
             num_learners=num_learners,
             seed=seed,
         )
-    )
     built.validate()
     run = Run(out)
     run.write_config(built)
     with _ray():
-        _train(built.build_algo(), run, iterations, stage="ARPO")
+        _train(_build(built), run, iterations)
 
 
 @app.command()
@@ -166,26 +178,32 @@ def sft(
     """Cold start: imitate multi-turn tool traces."""
     from functools import partial
 
+    from rllib_arpo.cli_config import (
+        check_model,
+        local_or_hub,
+        no_tools,
+        per_learner,
+    )
     from rllib_arpo.data.traces import load_traces
     from rllib_arpo.envs.tool_use_env import ToolUseEnv
     from rllib_arpo.runs import Run
     from rllib_arpo.sft import SFTConfig
 
     names = tuple(name.strip() for name in tools.split(","))
-    learners = _learners(num_learners, batch_size)
-    _check_model(model)
+    check_model(model)
+    model = local_or_hub(model)
     config = (
         SFTConfig()
         .environment(
             env=ToolUseEnv,
-            env_config={"tools": _no_tools, "tool_names": names},
-            train_traces=partial(load_traces, str(data), model, names),
+            env_config={"tools": no_tools, "tool_names": names},
+            train_traces=partial(load_traces, str(data.absolute()), model, names),
         )
         .rl_module(model_config={"model": model})
         .training(
             lr=lr,
-            train_batch_size_per_learner=batch_size // learners,
-            minibatch_size=batch_size // learners,
+            train_batch_size_per_learner=per_learner(batch_size, num_learners),
+            minibatch_size=per_learner(batch_size, num_learners),
         )
         .learners(num_learners=num_learners)
         .env_runners(num_env_runners=0)
@@ -195,7 +213,7 @@ def sft(
     run = Run(out)
     run.write_config(config)
     with _ray():
-        _train(config.build_algo(), run, iterations, stage="SFT")
+        _train(_build(config), run, iterations)
 
 
 @app.command()
@@ -220,16 +238,20 @@ def evaluate(
     ] = None,
 ) -> None:
     """Answer tasks and print accuracy, tool calls and tokens."""
-    from rllib_arpo.arpo import ARPO
+    from rllib_arpo.cli_config import (
+        config_of_flags,
+        find_checkpoint,
+        is_model_folder,
+    )
     from rllib_arpo.data.sources import resolve_tasks
     from rllib_arpo.evaluation import evaluate as evaluate_tasks
     from rllib_arpo.progress import Console
 
     tasks = resolve_tasks(str(data), setting="--data") if data is not None else None
-    config = path = None
-    if _is_model_folder(checkpoint):
-        config = _config_from_flags(
-            data=data,
+    config, path = None, checkpoint
+    if is_model_folder(checkpoint):
+        config = config_of_flags(
+            data=None,
             model=str(checkpoint),
             corpus=corpus,
             max_response_tokens=max_response_tokens,
@@ -237,13 +259,15 @@ def evaluate(
             seed=seed,
         )
     else:
-        path = str(_checkpoint(checkpoint))
+        path = find_checkpoint(checkpoint)
     with _ray():
-        algorithm = config.build_algo() if config else ARPO.from_checkpoint(path)
+        algorithm = _build(config) if config else _restore(path)
         try:
             tasks = tasks or algorithm.eval_tasks
             if not tasks:
-                raise ConfigError("this run has no eval_tasks: give some with --data")
+                raise ConfigError(
+                    f"{checkpoint} has no tasks of its own: give some with --data"
+                )
             result = evaluate_tasks(
                 algorithm,
                 tasks[:num_tasks],
@@ -265,11 +289,11 @@ def export(
     folder: Annotated[Path, typer.Argument(help="Hugging Face folder to write.")],
 ) -> None:
     """Write a checkpoint's model as a Hugging Face folder."""
-    from rllib_arpo.arpo import ARPO
+    from rllib_arpo.cli_config import find_checkpoint
 
-    path = _checkpoint(checkpoint)
+    path = find_checkpoint(checkpoint)
     with _ray():
-        algorithm = ARPO.from_checkpoint(str(path))
+        algorithm = _restore(path)
         try:
             algorithm.save_pretrained(folder)
         finally:
@@ -303,19 +327,73 @@ def main() -> None:
     if not debug:
         _quiet()
     try:
-        app()
-    except ARPOError as error:
+        # The code of a `typer.Exit`; commands themselves return nothing.
+        code = app(standalone_mode=False)
+    except (ARPOError, USAGE_ERROR) as error:
         if debug:
             raise
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"Error: {_one_line(error)}", err=True)
         sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("Stopped.", err=True)
+        sys.exit(130)
+    sys.exit(code or 0)
 
 
-def _train(algorithm: "ARPO", run: "Run", iterations: int, *, stage: str) -> None:
+def _one_line(error: Exception) -> str:
+    text = (
+        cast(typer.BadParameter, error).format_message()
+        if isinstance(error, USAGE_ERROR)
+        else str(error)
+    )
+    return " ".join(text.split())
+
+
+def _only(context: typer.Context, source: str, *allowed: str) -> None:
+    """Refuse flags that would have no effect beside `source`."""
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        given = context.get_parameter_source(name)
+        if given is not None and given.name == "COMMANDLINE" and name not in allowed:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} has no effect with {source}: leave it out")
+
+
+def _resume(folder: Path, iterations: int) -> None:
+    from rllib_arpo.cli_config import find_checkpoint
+    from rllib_arpo.runs import Run
+
+    checkpoint = find_checkpoint(folder)
+    run = Run(folder, resume=True)
+    with _ray():
+        algorithm = _restore(checkpoint)
+        if algorithm.iteration >= iterations:
+            done = algorithm.iteration
+            algorithm.stop()
+            raise ConfigError(
+                f"{folder} has reached iteration {done} already: give more than that "
+                f"with --iterations ({iterations})"
+            )
+        run.forget_after(algorithm.iteration)
+        _train(algorithm, run, iterations)
+
+
+def _build(config: "ARPOConfig") -> "ARPO":
+    return cast("ARPO", config.build_algo())
+
+
+def _restore(checkpoint: Path) -> "ARPO":
+
+    return cast("ARPO", ARPO.from_checkpoint(str(checkpoint)))
+
+
+def _train(algorithm: "ARPO", run: "Run", iterations: int) -> None:
+    from rllib_arpo.metrics import NUM_TOKENS_SAMPLED
     from rllib_arpo.progress import Console
     from rllib_arpo.runs import train as train_loop
 
     console = Console()
+    stage = type(algorithm).__name__
     records: list[dict[str, Any]] = []
     try:
         with console.progress(iterations, stage, done=algorithm.iteration) as advance:
@@ -323,6 +401,8 @@ def _train(algorithm: "ARPO", run: "Run", iterations: int, *, stage: str) -> Non
             def note(record: dict[str, Any]) -> None:
                 records.append(record)
                 advance(record)
+                if record.get(NUM_TOKENS_SAMPLED) == 0:
+                    console.say(NOTHING_WRITTEN)
 
             train_loop(
                 algorithm,
@@ -350,117 +430,6 @@ def _finish(run: "Run", records: list[dict[str, Any]], console: "Console") -> No
     console.say(f"Model: {run.model}. Checkpoint: {run.checkpoint}. Curves: {curves}.")
 
 
-def _config_of(file: Path) -> "ARPOConfig":
-    from rllib_arpo.config import ARPOConfig
-
-    if not file.is_file():
-        raise ConfigError(f"there is no config file {file}")
-    config = runpy.run_path(str(file)).get("config")
-    if not isinstance(config, ARPOConfig):
-        raise ConfigError(f"{file} must define `config`, an ARPOConfig")
-    return config
-
-
-def _config_from_flags(
-    *,
-    data: Path | None,
-    model: str | None,
-    corpus: Path | None,
-    max_response_tokens: int,
-    num_env_runners: int,
-    seed: int,
-    batch_size: int = 1,
-    minibatch_size: int | None = None,
-    group_size: int = 16,
-    lr: float = 1e-6,
-    max_tool_calls: int = 5,
-    num_learners: int = 0,
-) -> "ARPOConfig":
-    from rllib_arpo.config import ARPOConfig
-    from rllib_arpo.envs.tool_use_env import ToolUseEnv
-    from rllib_arpo.tools.search import DocumentIndex
-    from rllib_arpo.tools.standard import StandardTools
-
-    if data is None or model is None:
-        raise ConfigError(
-            "--data and --model are both needed (or a config file, or --resume)"
-        )
-    _check_model(model)
-    if corpus is not None:
-        DocumentIndex.from_folder(corpus)
-    tools = StandardTools(str(corpus.absolute()) if corpus else None)
-    learners = _learners(num_learners, batch_size)
-    return (
-        ARPOConfig()
-        .environment(
-            env=ToolUseEnv,
-            env_config={
-                "tools": tools,
-                "tool_names": tools.tool_names,
-                "max_response_tokens": max_response_tokens,
-                "max_tool_calls": max_tool_calls,
-            },
-            train_tasks=str(data),
-            eval_tasks=str(data),
-        )
-        .rl_module(model_config={"model": model})
-        .tree_rollout(
-            group_size=group_size, num_initial_rollouts=max(group_size // 2, 1)
-        )
-        .training(
-            train_batch_size_per_learner=batch_size // learners,
-            minibatch_size=(minibatch_size or batch_size) // learners,
-            lr=lr,
-        )
-        .env_runners(num_env_runners=num_env_runners)
-        .learners(num_learners=num_learners)
-        .debugging(seed=seed, log_level="ERROR")
-    )
-
-
-def _learners(num_learners: int, batch_size: int) -> int:
-    learners = max(num_learners, 1)
-    if batch_size % learners:
-        raise ConfigError(
-            f"--batch-size ({batch_size}) must be a multiple of --num-learners "
-            f"({num_learners})"
-        )
-    return learners
-
-
-def _check_model(model: str) -> None:
-    """Refuse a model that cannot be loaded before anything starts."""
-    from transformers import AutoConfig
-
-    try:
-        AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f'no model "{model}": give a Hugging Face folder or hub name ({reason})'
-        ) from error
-
-
-def _is_model_folder(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and (
-        folder / "model.safetensors"
-    ).is_file()
-
-
-def _checkpoint(folder: Path) -> Path:
-    """The checkpoint in a run's folder, or the folder itself if it is one."""
-    for candidate in (folder / "checkpoint", folder):
-        if (candidate / "rllib_checkpoint.json").is_file():
-            return candidate.absolute()
-    raise ConfigError(
-        f"{folder} holds no checkpoint: give a run's folder, such as runs/quickstart"
-    )
-
-
-def _no_tools(task: Any) -> list[Any]:
-    return []
-
-
 @contextmanager
 def _ray() -> Iterator[None]:
     """Ray for the time of a command: the cluster at RAY_ADDRESS, or a local one."""
@@ -469,7 +438,7 @@ def _ray() -> Iterator[None]:
     local: dict[str, Any] = {"include_dashboard": False}
     ray.init(
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
         **({} if os.environ.get("RAY_ADDRESS") else local),
     )
     try:
@@ -489,3 +458,7 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     for name in ("ray", "ray.rllib", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    main()

@@ -125,6 +125,19 @@ class Run:
             record["tokens_per_s"] = sampled.get(NUM_TOKENS_SAMPLED, 0.0) / sample_s
         return record
 
+    def forget_after(self, iteration: int) -> None:
+        """Drop the records of iterations that a resumed run will make again."""
+        file = self.folder / METRICS_FILE
+        if not file.exists():
+            return
+        lines = file.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
+        aside = file.with_suffix(".part")
+        aside.write_text("".join(kept))
+        os.replace(aside, file)
+        if kept:
+            self._tool_calls = json.loads(kept[-1])["num_tool_calls_lifetime"]
+
     def save_checkpoint(self, algorithm: Algorithm) -> Path:
         """Write a checkpoint aside, then put it in place of the one before."""
         aside = self.folder / "checkpoint.part"
