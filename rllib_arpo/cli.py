@@ -383,6 +383,7 @@ def _build(config: "ARPOConfig") -> "ARPO":
 
 
 def _restore(checkpoint: Path) -> "ARPO":
+    from rllib_arpo.arpo import ARPO
 
     return cast("ARPO", ARPO.from_checkpoint(str(checkpoint)))
 
