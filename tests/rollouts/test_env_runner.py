@@ -1,0 +1,118 @@
+"""`ARPOEnvRunner` by itself: what RLlib and the Algorithm ask of it."""
+
+import numpy as np
+import pytest
+from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
+from ray.rllib.env import INPUT_ENV_SINGLE_SPACES, INPUT_ENV_SPACES
+from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
+from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
+
+from rllib_arpo import Trajectory
+from rllib_arpo.engines.engine import SamplingParams
+from rllib_arpo.errors import EngineError, RewardError, WeightSyncError
+from rllib_arpo.rollouts.branching import TreeSettings, never
+from rllib_arpo.rollouts.env_runner import ARPOEnvRunner
+from tests.tiny_runs import arpo_config, engine_weights, same, tasks, token_ids
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+@pytest.fixture(scope="module")
+def runner(almanac_model):
+    config = arpo_config(almanac_model)
+    config.validate()
+    runner = ARPOEnvRunner(config=config, worker_index=0)
+    yield runner
+    runner.stop()
+
+
+def state(weights: dict[str, np.ndarray], version: int) -> dict:
+    return {COMPONENT_RL_MODULE: {DEFAULT_MODULE_ID: weights}, WEIGHTS_SEQ_NO: version}
+
+
+def test_it_is_healthy_and_knows_its_spaces(runner) -> None:
+    runner.assert_healthy()
+    spaces = runner.get_spaces()
+    expected = (runner.env.observation_space, runner.env.action_space)
+    assert spaces[INPUT_ENV_SPACES] == spaces[INPUT_ENV_SINGLE_SPACES] == expected
+
+
+def test_same_seeds_same_trees_whatever_else_is_asked(runner) -> None:
+    chosen = tasks("train", 3)
+    trees = runner.sample(tasks=chosen, seeds=[7, 8, 9])
+    assert [tree.task for tree in trees] == chosen
+    assert [tree.seed for tree in trees] == [7, 8, 9]
+    assert token_ids(trees) == token_ids(runner.sample(tasks=chosen, seeds=[7, 8, 9]))
+    assert token_ids(trees) != token_ids(runner.sample(tasks=chosen, seeds=[7, 8, 4]))
+
+
+def test_settings_of_one_call_take_the_place_of_the_configs(runner) -> None:
+    (tree,) = runner.sample(
+        tasks=tasks("train", 1),
+        seeds=[1],
+        tree_settings=TreeSettings(
+            group_size=3, num_initial_rollouts=3, branch_rule=never
+        ),
+        sampling=SamplingParams(temperature=0.0),
+    )
+    # Greedy rollouts are all the same.
+    assert len(tree.leaves) == 3
+    assert len({tree.segments[leaf.segment].text for leaf in tree.leaves}) == 1
+
+
+def test_without_tasks_it_walks_over_its_own(runner) -> None:
+    first = runner.sample(num_episodes=2)
+    second = runner.sample(num_timesteps=2)
+    names = [tree.task.task_id for tree in first + second]
+    assert len(set(names)) == 4
+
+
+def test_metrics_are_those_that_rllib_counts(runner) -> None:
+    runner.get_metrics()
+    trees = runner.sample(tasks=tasks("train", 2), seeds=[1, 2])
+    metrics = MetricsLogger.peek_results(runner.get_metrics())
+    assert metrics["num_episodes"] == 2
+    assert metrics["num_env_steps_sampled"] == sum(map(len, trees))
+
+
+def test_weights_are_taken_upwards_and_downwards_but_not_twice(runner) -> None:
+    base = engine_weights(runner)
+    one = {name: array + 1 for name, array in base.items()}
+    two = {name: array + 2 for name, array in base.items()}
+    runner.set_state(state(two, 9))
+    assert same(engine_weights(runner), two)
+    # The version in place: nothing is to be loaded.
+    runner.set_state(state(one, 9))
+    assert same(engine_weights(runner), two)
+    # After a restore the older version is the right one.
+    runner.set_state(state(base, 4))
+    assert same(engine_weights(runner), base)
+    (tree,) = runner.sample(tasks=tasks("train", 1), seeds=[1])
+    versions = {
+        version for s in tree.segments for version in s.policy_versions.tolist()
+    }
+    assert versions == {4}
+
+
+def test_weights_that_do_not_fit_are_refused(runner) -> None:
+    base = engine_weights(runner)
+    with pytest.raises(WeightSyncError):
+        runner.set_state(state({"no.such.weight": np.zeros(1, np.float32)}, 77))
+    assert same(engine_weights(runner), base)
+
+
+def broken_reward(trajectory: Trajectory) -> float:
+    raise ZeroDivisionError("by nothing")
+
+
+def test_a_users_error_is_an_answer_and_an_engines_is_raised(almanac_model) -> None:
+    config = arpo_config(almanac_model, reward_fn=broken_reward)
+    runner = ARPOEnvRunner(config=config, worker_index=1)
+    try:
+        answer = runner.sample_and_get_metrics(tasks=tasks("train", 2), seeds=[1, 2])
+        assert isinstance(answer, RewardError) and "by nothing" in str(answer)
+        runner.engine.close()
+        with pytest.raises(EngineError):
+            runner.sample_and_get_metrics(tasks=tasks("train", 1), seeds=[1])
+    finally:
+        runner.stop()

@@ -1,0 +1,123 @@
+"""A run's folder: one line an iteration, and always a complete checkpoint."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rllib_arpo import ARPO
+from rllib_arpo.errors import ConfigError
+from rllib_arpo.runs import Run, train
+from tests.tiny_runs import arpo_config, learner_weights, running, same
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+@pytest.fixture(scope="module")
+def algorithm(almanac_model):
+    with running(arpo_config(almanac_model)) as algorithm:
+        yield algorithm
+
+
+def lines(run: Run) -> list[dict]:
+    text = (run.folder / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_every_iteration_is_one_line_and_the_last_is_saved(
+    almanac_model, tmp_path
+) -> None:
+    run = Run(tmp_path / "run")
+    seen = []
+    with running(arpo_config(almanac_model)) as algorithm:
+        train(
+            algorithm,
+            run,
+            num_iterations=3,
+            stage="ARPO",
+            on_iteration=seen.append,
+            checkpoint_interval=3,
+        )
+        weights = learner_weights(algorithm)
+    assert [line["iteration"] for line in lines(run)] == [1, 2, 3]
+    assert [record["iteration"] for record in seen] == [1, 2, 3]
+    for line in lines(run):
+        assert line["stage"] == "ARPO"
+        # Times are those of the iteration.
+        assert 0 < line["time_learn_s"] < 30
+        assert line["tokens_per_s"] > 0
+    restored = ARPO.from_checkpoint(str(run.checkpoint))
+    try:
+        assert restored.iteration == 3
+        assert same(weights, learner_weights(restored))
+    finally:
+        restored.stop()
+
+
+class BrokenDisk:
+    """Stands for an algorithm whose checkpoint is cut off half-way."""
+
+    def save_to_path(self, folder: str) -> str:
+        Path(folder).mkdir()
+        (Path(folder) / "algorithm_state.pkl").write_bytes(b"half")
+        raise OSError("no space left on device")
+
+
+def contents(run: Run) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(run.checkpoint)): file.read_bytes()
+        for file in run.checkpoint.rglob("*")
+        if file.is_file()
+    }
+
+
+def test_a_save_that_breaks_off_leaves_the_checkpoint_before(
+    algorithm, tmp_path
+) -> None:
+    run = Run(tmp_path / "run")
+    run.save_checkpoint(algorithm)
+    before = contents(run)
+    assert before
+    with pytest.raises(OSError, match="no space left"):
+        run.save_checkpoint(BrokenDisk())  # type: ignore[arg-type]
+    assert contents(run) == before
+    # The leftovers do not stop the next one.
+    run.save_checkpoint(algorithm)
+    assert contents(run).keys() == before.keys()
+    assert {entry.name for entry in run.folder.iterdir()} == {"checkpoint"}
+
+
+def test_an_interrupt_saves_the_moment_and_is_raised_again(algorithm, tmp_path) -> None:
+    run = Run(tmp_path / "run")
+
+    def interrupt(record) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            algorithm,
+            run,
+            num_iterations=algorithm.iteration + 5,
+            stage="ARPO",
+            on_iteration=interrupt,
+        )
+    assert len(lines(run)) == 1
+    assert run.checkpoint.exists()
+
+
+def test_a_run_is_never_overwritten(algorithm, tmp_path) -> None:
+    run = Run(tmp_path / "run")
+    run.log(algorithm.train(), stage="ARPO")
+    with pytest.raises(ConfigError, match=r"holds a run already.*--resume"):
+        Run(tmp_path / "run")
+    again = Run(tmp_path / "run", resume=True)
+    again.log(algorithm.train(), stage="ARPO")
+    assert len(lines(run)) == 2
+
+
+def test_only_settings_that_differ_are_written(almanac_model, tmp_path) -> None:
+    run = Run(tmp_path / "run")
+    run.write_config(arpo_config(almanac_model))
+    written = json.loads((run.folder / "config.json").read_text())
+    assert written["group_size"] == 4
+    assert "clip_param" not in written
