@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rllib_arpo.cli import main
 from tests.models import save_tiny_model
 from tests.tokenizers import qwen_like
 
@@ -109,42 +110,49 @@ MISTAKES = {
     ),
     "no effect": ("train no_config.py --lr 1", "--lr has no effect with no_config.py"),
     "resume": ("train --resume corpus", "corpus holds no checkpoint"),
-    "sft": ("sft model --data none.jsonl", "none.jsonl is no file"),
     "tag": ("sft model --data traces.jsonl --tools python", "calls none of the tools"),
     "evaluate": ("evaluate corpus --data rows.parquet", "corpus holds no checkpoint"),
 }
 
 
+# These start Ray, or show that the command itself exits so; the others need not pay
+# for a process.
+IN_A_PROCESS = ("model", "data", "row", "tag")
+
+
 @pytest.fixture(scope="module")
 def refused(place: Path) -> dict[str, tuple[int, str, str]]:
-    """What every mistake gives, two processes at a time."""
-    waiting = list(MISTAKES.items())
-    ended: dict[str, tuple[int, str, str]] = {}
-    while waiting:
-        batch, waiting = waiting[:2], waiting[2:]
-        started = {
-            name: start(*words.split(), *_own_out(words, name, place), folder=place)
-            for name, (words, _) in batch
-        }
-        ended |= {name: finish(process) for name, process in started.items()}
-    return ended
+    """What mistakes in processes of their own give."""
+    started = {
+        name: start(*MISTAKES[name][0].split(), "--out", f"out {name}", folder=place)
+        for name in IN_A_PROCESS
+    }
+    return {name: finish(process) for name, process in started.items()}
 
 
-def _own_out(words: str, name: str, place: Path) -> list[str]:
-    if words.startswith("evaluate") or "--resume" in words:
-        return []
-    return ["--out", str(place / "refused" / name.replace(" ", "_"))]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_and_exit_code_2(refused, name):
-    code, _, err = refused[name]
+def check_refusal(name: str, code: object, err: str) -> None:
     lines = err.splitlines()
     assert code == 2, err
     assert len(lines) == 1, err
     assert lines[0].startswith("Error: ")
     assert MISTAKES[name][1] in lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_A_PROCESS)
+def test_the_command_ends_a_mistake_with_one_line_and_code_2(refused, name):
+    code, _, err = refused[name]
+    check_refusal(name, code, err)
+
+
+@pytest.mark.parametrize("name", [n for n in MISTAKES if n not in IN_A_PROCESS])
+def test_a_mistake_is_one_line_and_exit_code_2(name, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["rllib-arpo", *MISTAKES[name][0].split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    check_refusal(name, ended.value.code, capsys.readouterr().err)
 
 
 def test_debug_shows_the_traceback(place):
