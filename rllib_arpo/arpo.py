@@ -116,7 +116,7 @@ class ARPO(Algorithm):
                 useful += [tree for tree in more if _has_signal(tree)]
                 sampled += more
             trees = (useful + spare)[:count]
-            self._log_trees(sampled, (ENV_RUNNER_RESULTS,))
+        self.log_trees(sampled, (ENV_RUNNER_RESULTS,))
         self.metrics.log_value(
             (ENV_RUNNER_RESULTS, DYNAMIC_SAMPLING_ROUNDS), rounds, window=1
         )
@@ -162,7 +162,7 @@ class ARPO(Algorithm):
         sampling: SamplingParams | None = None,
         results_key: tuple[str, ...] = (ENV_RUNNER_RESULTS,),
     ) -> list[RolloutTree]:
-        """Grow one tree per task, spread over the EnvRunners, and log metrics.
+        """Grow one tree per task, spread over the EnvRunners, and count them.
 
         Tasks of a runner that dies are given to the others; none is lost or grown
         twice.
@@ -173,7 +173,7 @@ class ARPO(Algorithm):
             env_runner_group: the training EnvRunners when None.
             tree_settings: in place of the config's.
             sampling: in place of the config's.
-            results_key: where metrics go.
+            results_key: where the runners' counts go.
 
         Returns:
             One tree per task, in the order of the tasks.
@@ -181,7 +181,6 @@ class ARPO(Algorithm):
         Raises:
             EngineError: no EnvRunner came back in `env_runner_restore_timeout_s`.
             RewardError: a reward function failed.
-            ToolOutageError: too large a share of the tool calls failed.
         """
         group = env_runner_group or self.env_runner_group
         todo = dict(zip(seeds, tasks, strict=True))
@@ -207,12 +206,22 @@ class ARPO(Algorithm):
         logger = MetricsLogger(root=False)
         logger.log_value(NUM_TREES_REQUEUED, num_requeued, reduce="sum")
         self.metrics.aggregate([*stats, logger.reduce()], key=results_key)
-        self._log_trees(trees, results_key)
         return trees
 
-    def _log_trees(
+    def log_trees(
         self, trees: Sequence[RolloutTree], results_key: tuple[str, ...]
     ) -> None:
+        """Log what all trees of one iteration or evaluation look like.
+
+        Call it once for each: RLlib averages over calls.
+
+        Args:
+            trees: at least one.
+            results_key: where metrics go.
+
+        Raises:
+            ToolOutageError: too large a share of the tool calls failed.
+        """
         values = tree_metrics(
             trees, entropy_probe_tokens=self.config.entropy_probe_tokens
         )
@@ -342,6 +351,7 @@ def evaluate_on_env_runners(
         sampling=config.sampling_params(),
         results_key=key,
     )
+    algorithm.log_trees(trees, key)
     num_turns = sum(len(tree) for tree in trees)
     return algorithm.metrics.peek(key, default={}), num_turns, num_turns
 

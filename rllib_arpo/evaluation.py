@@ -49,8 +49,10 @@ def evaluate(
     Raises:
         EngineError: no EnvRunner is left.
         RewardError: the reward function failed.
+        ToolOutageError: too large a share of the tool calls failed.
     """
     algorithm.sync_weights()
+    key = (EVALUATION_RESULTS, ENV_RUNNER_RESULTS)
     trees = algorithm.sample_trees(
         tasks,
         [derive_seed(seed, "evaluate", number) for number in range(len(tasks))],
@@ -58,7 +60,8 @@ def evaluate(
             group_size=num_samples, num_initial_rollouts=num_samples, branch_rule=never
         ),
         sampling=SamplingParams(temperature=temperature),
-        results_key=(EVALUATION_RESULTS, ENV_RUNNER_RESULTS),
+        results_key=key,
     )
+    algorithm.log_trees(trees, key)
     k = algorithm.config.entropy_probe_tokens
     return Evaluation(metrics=tree_metrics(trees, entropy_probe_tokens=k), trees=trees)
