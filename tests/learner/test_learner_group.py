@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import ray
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.core.learner.learner_group import LearnerGroup
 
@@ -33,15 +32,13 @@ def model(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def group(model):
-    ray.init(num_cpus=2, include_dashboard=False, ignore_reinit_error=True)
+def group(model, ray_session):
     config = learner_config(**SETTINGS)
     config.num_learners = 2
     config.num_cpus_per_learner = 1
     learners = LearnerGroup(config=config, module_spec=multi_module_spec(config, model))
     yield learners
     learners.shutdown()
-    ray.shutdown()
 
 
 def test_two_learners_equal_one_on_the_same_trees(model, group) -> None:
