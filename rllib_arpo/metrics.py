@@ -32,8 +32,12 @@ TOKENS_UNIQUE = "tokens_unique"
 TOKENS_PATHS = "tokens_paths"
 NUM_TREES_REQUEUED = "num_trees_requeued"
 DYNAMIC_SAMPLING_ROUNDS = "dynamic_sampling_rounds"
+# Of the engines: sums over an iteration and its EnvRunners, but for the levels,
+# which are means over the EnvRunners.
 ENGINE_METRICS = "engine"
+ENGINE_LEVELS = ("num_running", "num_waiting", "prefix_cache_tokens")
 ENGINE_STEP_TIME_S = "step_time_s"
+ENGINE_SAMPLE_TIME_S = "sample_time_s"
 
 
 def tree_metrics(

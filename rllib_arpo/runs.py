@@ -9,6 +9,7 @@ curves.png .svg  the plots
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ from rllib_arpo.config import ARPOConfig
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.metrics import (
     ENGINE_METRICS,
+    ENGINE_SAMPLE_TIME_S,
     ENGINE_STEP_TIME_S,
     NUM_TOKENS_SAMPLED,
     NUM_TOOL_CALLS,
@@ -39,6 +41,9 @@ from rllib_arpo.metrics import (
 from rllib_arpo.tracking.curves import METRICS_FILE, plot_run
 
 Record = dict[str, Any]
+
+# Attributes of a config that are no settings of the user.
+ADDED_BY_BUILDING = ("_is_frozen", "policies", "simple_optimizer", "class")
 
 
 class Run:
@@ -60,7 +65,6 @@ class Run:
                 f"with --resume {self.folder}"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._engine_time_s = 0.0
         self._tool_calls = 0.0
 
     @property
@@ -74,12 +78,19 @@ class Run:
         return self.folder / "model"
 
     def write_config(self, config: ARPOConfig) -> None:
-        """Write the settings that differ from the defaults of the config's class."""
+        """Write the settings that differ from the defaults of the config's class.
+
+        Args:
+            config: before or after `build_algo`; what building adds is left out.
+        """
         defaults = vars(type(config)())
+        # Compared as written: not every value of a built config has an equality.
         changed = {
             name: value
             for name, value in vars(config).items()
-            if not name.startswith("__") and value != defaults.get(name)
+            if not name.startswith("__")
+            and name not in ADDED_BY_BUILDING
+            and _as_json(value) != _as_json(defaults.get(name))
         }
         self.write_json("config.json", changed)
 
@@ -87,7 +98,7 @@ class Run:
         """Write a JSON file into the folder, complete or not at all."""
         file = self.folder / name
         aside = file.with_suffix(".part")
-        aside.write_text(json.dumps(values, indent=2, default=str) + "\n")
+        aside.write_text(_as_json(values, indent=2) + "\n")
         os.replace(aside, file)
         return file
 
@@ -95,7 +106,7 @@ class Run:
         """Append one training iteration to `metrics.jsonl` and return it."""
         record = self._record(result, stage)
         with (self.folder / METRICS_FILE).open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(_as_json(record) + "\n")
         return record
 
     def _record(self, result: Mapping[str, Any], stage: str) -> Record:
@@ -105,9 +116,10 @@ class Run:
         learned = result.get(LEARNER_RESULTS, {}).get(DEFAULT_MODULE_ID, {})
         evaluated = result.get(EVALUATION_RESULTS, {}).get(ENV_RUNNER_RESULTS, {})
         sample_s = float(timers.get(ENV_RUNNER_SAMPLING_TIMER, 0.0))
-        engine_time_s = float(engine.get(ENGINE_STEP_TIME_S, 0.0))
-        generate_s = min(max(engine_time_s - self._engine_time_s, 0.0), sample_s)
-        self._engine_time_s = engine_time_s
+        # Sums over the runners, which sample side by side.
+        busy_s = float(engine.get(ENGINE_STEP_TIME_S, 0.0))
+        open_s = float(engine.get(ENGINE_SAMPLE_TIME_S, 0.0))
+        generate_s = sample_s * min(busy_s / open_s, 1.0) if open_s else 0.0
         self._tool_calls += float(sampled.get(NUM_TOOL_CALLS, 0.0))
         record: Record = {
             "iteration": result["training_iteration"],
@@ -182,8 +194,14 @@ def train(
 
 
 def _numbers(values: Mapping[str, Any]) -> Record:
-    return {
+    """The numbers among `values`; JSON has no NaN and no infinity."""
+    numbers = {
         name: float(value)
         for name, value in values.items()
         if isinstance(value, int | float) or getattr(value, "ndim", None) == 0
     }
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
+
+
+def _as_json(value: Any, **layout: Any) -> str:
+    return json.dumps(value, default=str, allow_nan=False, **layout)

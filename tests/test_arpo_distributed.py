@@ -136,7 +136,10 @@ def test_a_tree_is_never_split_and_no_row_is_trained_twice(algorithm) -> None:
     # 2 trees a learner, 1 a step.
     assert numbers["num_optimizer_steps"] == 2
     assert numbers["sampler_logprob_difference"] < 1e-4
-    assert result["env_runners"]["num_episodes"] == 4
+    sampled = result["env_runners"]
+    assert sampled["num_episodes"] == 4
+    # Counters of both engines.
+    assert sampled["engine"]["num_generated_tokens"] == sampled["num_tokens_sampled"]
 
 
 def test_all_hold_the_same_weights_after_an_update(algorithm, cold_start) -> None:

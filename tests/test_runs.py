@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from ray.rllib.core import DEFAULT_MODULE_ID
 
 from rllib_arpo import ARPO
 from rllib_arpo.errors import ConfigError
@@ -121,3 +123,42 @@ def test_only_settings_that_differ_are_written(almanac_model, tmp_path) -> None:
     written = json.loads((run.folder / "config.json").read_text())
     assert written["group_size"] == 4
     assert "clip_param" not in written
+
+
+def test_the_settings_of_a_built_algorithm_are_those_before(
+    algorithm, almanac_model, tmp_path
+) -> None:
+    run = Run(tmp_path / "run")
+    run.write_config(arpo_config(almanac_model))
+    before = json.loads((run.folder / "config.json").read_text())
+    run.write_config(algorithm.config)
+    after = json.loads((run.folder / "config.json").read_text())
+    assert after.keys() == before.keys()
+    assert after["group_size"] == before["group_size"] == 4
+
+
+def test_a_number_that_json_does_not_know_is_left_out(tmp_path) -> None:
+    run = Run(tmp_path / "run")
+    learned = {"total_loss": 0.5, "ratio_max": np.float64("inf"), "mean": float("nan")}
+    run.log(
+        {"training_iteration": 1, "learners": {DEFAULT_MODULE_ID: learned}},
+        stage="ARPO",
+    )
+    text = (run.folder / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    (line,) = lines(run)
+    assert line["total_loss"] == 0.5
+    assert line.keys().isdisjoint({"ratio_max", "mean"})
+
+
+def test_the_time_of_sampling_is_parted_as_the_engines_were_busy(tmp_path) -> None:
+    # Two runners sampled for 4 s each; their engines took steps for 2 and 4 s of
+    # them: 4 s * (2 + 4) / (4 + 4) = 3 s.
+    result = {
+        "training_iteration": 1,
+        "timers": {"env_runner_sampling_timer": 4.0},
+        "env_runners": {"engine": {"step_time_s": 6.0, "sample_time_s": 8.0}},
+    }
+    record = Run(tmp_path / "run").log(result, stage="ARPO")
+    assert record["time_generate_s"] == 3.0
+    assert record["time_tools_s"] == 1.0

@@ -11,6 +11,7 @@ loop in a thread of its own, on which all paths of all trees run.
 
 import asyncio
 import threading
+import time
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -40,7 +41,7 @@ from rllib_arpo.data.datasets import TaskCursor
 from rllib_arpo.data.sources import resolve_tasks
 from rllib_arpo.engines.engine import Engine, SamplingParams
 from rllib_arpo.errors import ARPOError, EngineError
-from rllib_arpo.metrics import ENGINE_METRICS
+from rllib_arpo.metrics import ENGINE_LEVELS, ENGINE_METRICS, ENGINE_SAMPLE_TIME_S
 from rllib_arpo.rollouts.branching import TreeSettings, derive_seed
 from rllib_arpo.rollouts.sampler import grow_tree
 from rllib_arpo.tree import RolloutTree, Task
@@ -58,6 +59,7 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
         self._env_creator = kwargs.get("env_creator")
         self._callbacks = [cls() for cls in _as_list(self.config.callbacks_class)]
         self._weights_seq_no = 0
+        self._engine_counted: dict[str, float] = {}
         self._cursor: TaskCursor | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
@@ -152,12 +154,13 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
         sampling = sampling or self.config.sampling_params()
         if explore is False:
             sampling = SamplingParams(temperature=0.0)
+        start = time.monotonic()
         trees = self._run(
             self._grow(
                 tasks, seeds, tree_settings or self.config.tree_settings(), sampling
             )
         )
-        self._log(trees)
+        self._log(trees, time.monotonic() - start)
         make_callback(
             "on_sample_end",
             callbacks_objects=self._callbacks,
@@ -219,7 +222,7 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
             self._cursor = TaskCursor(tasks, seed=self._seed or 0)
         return self._cursor.next(count)
 
-    def _log(self, trees: Sequence[RolloutTree]) -> None:
+    def _log(self, trees: Sequence[RolloutTree], sample_time_s: float) -> None:
         steps = sum(len(tree) for tree in trees)
         self.num_env_steps_sampled_lifetime += steps
         for key, value, reduce in (
@@ -243,8 +246,22 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
                     reduce=reduce,
                     with_throughput=key == NUM_ENV_STEPS_SAMPLED_LIFETIME,
                 )
-        for name, value in self.engine.metrics().items():
-            self.metrics.log_value((ENGINE_METRICS, name), value, window=1)
+        self._log_engine(sample_time_s)
+
+    def _log_engine(self, sample_time_s: float) -> None:
+        """What the engine did since the last time, to be summed over runners."""
+        counted = self.engine.metrics()
+        for name, value in counted.items():
+            key = (ENGINE_METRICS, name)
+            if name in ENGINE_LEVELS:
+                self.metrics.log_value(key, value, window=1)
+            else:
+                done = value - self._engine_counted.get(name, 0.0)
+                self.metrics.log_value(key, done, reduce="sum")
+        self._engine_counted = counted
+        self.metrics.log_value(
+            (ENGINE_METRICS, ENGINE_SAMPLE_TIME_S), sample_time_s, reduce="sum"
+        )
 
     @override(EnvRunner)
     def get_metrics(self) -> dict[str, Any]:

@@ -75,6 +75,24 @@ def test_metrics_are_those_that_rllib_counts(runner) -> None:
     assert metrics["num_env_steps_sampled"] == sum(map(len, trees))
 
 
+def sampled_tokens(trees) -> int:
+    return sum(
+        len(s.token_ids) for tree in trees for s in tree.segments if s.role == "model"
+    )
+
+
+def test_the_engine_is_measured_by_what_it_did_since_the_last_metrics(runner) -> None:
+    runner.get_metrics()
+    for seeds in ([1], [2, 3]):
+        trees = [
+            *runner.sample(tasks=tasks("train", len(seeds)), seeds=seeds),
+            *runner.sample(tasks=tasks("train", 1), seeds=[4]),
+        ]
+        engine = MetricsLogger.peek_results(runner.get_metrics())["engine"]
+        assert engine["num_generated_tokens"] == sampled_tokens(trees)
+        assert 0 < engine["step_time_s"] <= engine["sample_time_s"]
+
+
 def test_weights_are_taken_upwards_and_downwards_but_not_twice(runner) -> None:
     base = engine_weights(runner)
     one = {name: array + 1 for name, array in base.items()}
