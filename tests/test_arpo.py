@@ -226,15 +226,10 @@ def test_a_folder_without_a_model_is_named(tmp_path) -> None:
         arpo_config(str(tmp_path)).build_algo()
 
 
-class ToolsDownEnv(AlmanacEnv):
-    """Its tools never answer."""
-
-    def make_tools(self, task):
-        return [SilentTool(tool.name) for tool in super().make_tools(task)]
-
-
 class SilentTool:
-    description = "does not answer"
+    """Never answers."""
+
+    description = "for tests"
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -246,18 +241,44 @@ class SilentTool:
         return self
 
 
-def test_training_stops_when_most_tool_calls_fail(cold_start) -> None:
+class RaisingTool(SilentTool):
+    """Cannot reach what it needs."""
+
+    async def call(self, arguments: str) -> str:
+        raise ConnectionRefusedError("no server")
+
+
+class SilentToolsEnv(AlmanacEnv):
+    def make_tools(self, task):
+        return [SilentTool(tool.name) for tool in super().make_tools(task)]
+
+
+class RaisingToolsEnv(AlmanacEnv):
+    def make_tools(self, task):
+        return [RaisingTool(tool.name) for tool in super().make_tools(task)]
+
+
+@pytest.mark.parametrize("env", [SilentToolsEnv, RaisingToolsEnv])
+def test_training_stops_when_most_tool_calls_fail(cold_start, env) -> None:
     config = (
-        arpo_config(cold_start.model, tool_timeout_s=0.01)
-        .environment(env=ToolsDownEnv)
-        .training(train_batch_size_per_learner=8)
+        arpo_config(cold_start.model, tool_timeout_s=0.01, max_response_tokens=128)
+        .environment(env=env)
+        .training(train_batch_size_per_learner=16)
     )
     with (
         running(config) as algorithm,
         pytest.raises(ToolOutageError, match=r"`max_tool_failure_share` \(50%\)"),
     ):
         algorithm.train()
-    with running(config.copy().tree_rollout(max_tool_failure_share=None)) as algorithm:
+
+
+def test_the_check_for_an_outage_can_be_switched_off(cold_start) -> None:
+    config = (
+        arpo_config(cold_start.model, tool_timeout_s=0.01)
+        .environment(env=SilentToolsEnv)
+        .tree_rollout(max_tool_failure_share=None)
+    )
+    with running(config) as algorithm:
         assert algorithm.train()["env_runners"][TOOL_FAILURE_SHARE] == 1.0
 
 

@@ -7,7 +7,8 @@ One object is one path; `fork` makes a branch its own copy, tool state included.
 Where a rollout can break, and what happens:
 
 1. A tool raises, hangs or floods: the model reads a short error or a cut result; it
-   is never an empty text and never an exception here.
+   is never an empty text and never an exception here. `ToolCall.status` tells the
+   call's own fault from the tool's.
 2. A call after the limit, of a tool that is not there, or with a broken tag is not
    executed; the model is told so and goes on.
 3. The reward function raises: `RewardError`, for training on wrong rewards is worse
@@ -49,6 +50,8 @@ NO_OUTPUT = "(no output)"
 MAX_ERROR_CHARS = 300
 
 logger = logging.getLogger(__name__)
+# (tool, exception type) of failures whose traceback is in the log already.
+_logged_failures: set[tuple[str, type[Exception]]] = set()
 
 
 class ToolUseEnv(gymnasium.Env[TokenIds, TokenIds]):
@@ -259,10 +262,11 @@ class ToolUseEnv(gymnasium.Env[TokenIds, TokenIds]):
                 if error.retryable and attempts <= self.tool_retries and in_time:
                     await asyncio.sleep(delay)
                     continue
-                status, text = "error", _one_line(error)
+                status = "unavailable" if error.retryable else "error"
+                text = _one_line(error)
             except Exception as error:  # boundary: tools are users' code
-                logger.warning("tool %s raised", tool.name, exc_info=True)
-                status = "error"
+                _log_failure(tool.name, error)
+                status = "unavailable"
                 text = f"Error: the {tool.name} tool failed ({type(error).__name__})."
             break
         call = ToolCall(
@@ -328,6 +332,14 @@ def _forget(task: "asyncio.Future[str]") -> None:
     """Read the exception of an abandoned call, or asyncio reports it as lost."""
     if not task.cancelled():
         task.exception()
+
+
+def _log_failure(tool: str, error: Exception) -> None:
+    """Warn with the traceback once for each kind of failure, not for every call."""
+    kind = (tool, type(error))
+    level = logging.DEBUG if kind in _logged_failures else logging.WARNING
+    _logged_failures.add(kind)
+    logger.log(level, "tool %s raised", tool, exc_info=error)
 
 
 def _one_line(error: ToolError) -> str:

@@ -175,8 +175,26 @@ def test_a_failing_tool_is_an_observation():
 def test_a_bug_in_a_tool_is_an_observation_without_its_message():
     env = make_env(FakeTool(RuntimeError(f"{SECRET}, line 3")))
     info = step(env, SEARCH)[-1]
-    assert info["turn"].tool_call.status == "error"
+    assert info["turn"].tool_call.status == "unavailable"
     assert info["turn"].tool_result == "Error: the search tool failed (RuntimeError)."
+
+
+def test_a_tools_traceback_is_logged_once_for_each_kind_of_failure(caplog):
+    class FirstBug(Exception):
+        pass
+
+    class SecondBug(Exception):
+        pass
+
+    tool = FakeTool(FirstBug("1"), FirstBug("2"), SecondBug("3"), SecondBug("4"))
+    caplog.set_level("DEBUG", logger="rllib_arpo")
+    env = make_env(tool)
+    for _ in range(4):
+        step(env, SEARCH)
+    records = [r for r in caplog.records if r.name.startswith("rllib_arpo")]
+    levels = [record.levelname for record in records]
+    assert levels == ["WARNING", "DEBUG", "WARNING", "DEBUG"]
+    assert "FirstBug: 1" in str(records[0].exc_text)
 
 
 def test_a_retryable_failure_is_tried_again_up_to_the_limit():
@@ -185,7 +203,7 @@ def test_a_retryable_failure_is_tried_again_up_to_the_limit():
     assert (call.status, call.num_attempts) == ("ok", 2)
     tool = FakeTool(ToolError("busy", retryable=True))
     call = step(make_env(tool, tool_retries=2), SEARCH)[-1]["turn"].tool_call
-    assert (call.status, call.num_attempts) == ("error", 3)
+    assert (call.status, call.num_attempts) == ("unavailable", 3)
 
 
 def test_another_failure_is_not_tried_again():
