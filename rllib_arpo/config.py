@@ -16,7 +16,7 @@ the driver holds no model; and evaluation runs on the training EnvRunners unless
 """
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from ray.rllib.algorithms.algorithm_config import (
     DEPRECATED_VALUE,
@@ -26,6 +26,7 @@ from ray.rllib.algorithms.algorithm_config import (
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils.annotations import override
 
+from rllib_arpo.config_checks import faults
 from rllib_arpo.data.sources import TaskSource
 from rllib_arpo.engines.engine import SamplingParams
 from rllib_arpo.envs.tool_use_env import ToolUseEnv
@@ -33,16 +34,11 @@ from rllib_arpo.errors import ConfigError
 from rllib_arpo.imports import import_object
 from rllib_arpo.rollouts.branching import BRANCH_RULES, BranchRule, TreeSettings
 
-_CHOICES = {
-    "engine_name": ("torch",),
-    "old_logprobs": ("rollout", "recompute"),
-    "loss_aggregation": ("token_mean", "sequence_mean"),
-    "advantage_attribution": ("soft", "hard"),
-    "advantage_normalization": ("group", "batch"),
-    "optimizer": ("adamw", "muon"),
-    "lr_schedule": ("constant", "linear", "cosine"),
-    "packing": ("paths",),
-}
+if TYPE_CHECKING:
+    from rllib_arpo.arpo import ARPO
+
+# RLlib's mark of a setting that a call leaves as it is; it has no type of its own.
+NOT_PROVIDED: Any = NotProvided
 
 
 class ARPOConfig(AlgorithmConfig):
@@ -125,10 +121,10 @@ class ARPOConfig(AlgorithmConfig):
     @override(AlgorithmConfig)
     def environment(
         self,
-        env: Any = NotProvided,
+        env: Any = NOT_PROVIDED,
         *,
-        train_tasks: TaskSource | None = NotProvided,
-        eval_tasks: TaskSource | None = NotProvided,
+        train_tasks: TaskSource | None = NOT_PROVIDED,
+        eval_tasks: TaskSource | None = NOT_PROVIDED,
         **kwargs: Any,
     ) -> Self:
         """Set the environment and the tasks that it is reset to.
@@ -148,15 +144,15 @@ class ARPOConfig(AlgorithmConfig):
     def tree_rollout(
         self,
         *,
-        group_size: int = NotProvided,
-        num_initial_rollouts: int = NotProvided,
-        branch_factor: int = NotProvided,
-        branch_rule: str | BranchRule = NotProvided,
-        branch_base: float = NotProvided,
-        branch_entropy_weight: float = NotProvided,
-        branch_threshold: float = NotProvided,
-        entropy_probe_tokens: int = NotProvided,
-        max_tool_failure_share: float | None = NotProvided,
+        group_size: int = NOT_PROVIDED,
+        num_initial_rollouts: int = NOT_PROVIDED,
+        branch_factor: int = NOT_PROVIDED,
+        branch_rule: str | BranchRule = NOT_PROVIDED,
+        branch_base: float = NOT_PROVIDED,
+        branch_entropy_weight: float = NOT_PROVIDED,
+        branch_threshold: float = NOT_PROVIDED,
+        entropy_probe_tokens: int = NOT_PROVIDED,
+        max_tool_failure_share: float | None = NOT_PROVIDED,
     ) -> Self:
         """Set the shape of a tree (arXiv:2507.19849, section 3.1, appendix C.2).
 
@@ -190,12 +186,12 @@ class ARPOConfig(AlgorithmConfig):
 
     def engine(
         self,
-        engine: str = NotProvided,
+        engine: str = NOT_PROVIDED,
         *,
-        engine_kwargs: Mapping[str, Any] = NotProvided,
-        temperature: float = NotProvided,
-        top_p: float = NotProvided,
-        top_k: int = NotProvided,
+        engine_kwargs: Mapping[str, Any] = NOT_PROVIDED,
+        temperature: float = NOT_PROVIDED,
+        top_p: float = NOT_PROVIDED,
+        top_k: int = NOT_PROVIDED,
     ) -> Self:
         """Set what generates tokens in the EnvRunners, and how it samples.
 
@@ -217,7 +213,7 @@ class ARPOConfig(AlgorithmConfig):
         )
 
     @override(AlgorithmConfig)
-    def debugging(self, *, deterministic: bool = NotProvided, **kwargs: Any) -> Self:
+    def debugging(self, *, deterministic: bool = NOT_PROVIDED, **kwargs: Any) -> Self:
         """Set the seed and how far it reaches.
 
         Args:
@@ -233,29 +229,29 @@ class ARPOConfig(AlgorithmConfig):
     def training(
         self,
         *,
-        train_batch_size_per_learner: int = NotProvided,
-        clip_param: float = NotProvided,
-        clip_param_high: float | None = NotProvided,
-        dual_clip: float | None = NotProvided,
-        kl_coeff: float = NotProvided,
-        entropy_coeff: float = NotProvided,
-        tis_cap: float | None = NotProvided,
-        old_logprobs: str = NotProvided,
-        loss_aggregation: str = NotProvided,
-        advantage_attribution: str = NotProvided,
-        advantage_normalization: str = NotProvided,
-        normalize_by_std: bool = NotProvided,
-        optimizer: str = NotProvided,
-        muon_lr: float = NotProvided,
-        weight_decay: float = NotProvided,
-        adam_betas: tuple[float, float] = NotProvided,
-        lr_schedule: str = NotProvided,
-        lr_warmup_steps: int = NotProvided,
-        lr_total_steps: int | None = NotProvided,
-        packing: str = NotProvided,
-        max_tokens_per_microbatch: int = NotProvided,
-        dynamic_sampling: bool = NotProvided,
-        max_dynamic_sampling_rounds: int = NotProvided,
+        train_batch_size_per_learner: int = NOT_PROVIDED,
+        clip_param: float = NOT_PROVIDED,
+        clip_param_high: float | None = NOT_PROVIDED,
+        dual_clip: float | None = NOT_PROVIDED,
+        kl_coeff: float = NOT_PROVIDED,
+        entropy_coeff: float = NOT_PROVIDED,
+        tis_cap: float | None = NOT_PROVIDED,
+        old_logprobs: str = NOT_PROVIDED,
+        loss_aggregation: str = NOT_PROVIDED,
+        advantage_attribution: str = NOT_PROVIDED,
+        advantage_normalization: str = NOT_PROVIDED,
+        normalize_by_std: bool = NOT_PROVIDED,
+        optimizer: str = NOT_PROVIDED,
+        muon_lr: float = NOT_PROVIDED,
+        weight_decay: float = NOT_PROVIDED,
+        adam_betas: tuple[float, float] = NOT_PROVIDED,
+        lr_schedule: str = NOT_PROVIDED,
+        lr_warmup_steps: int = NOT_PROVIDED,
+        lr_total_steps: int | None = NOT_PROVIDED,
+        packing: str = NOT_PROVIDED,
+        max_tokens_per_microbatch: int = NOT_PROVIDED,
+        dynamic_sampling: bool = NOT_PROVIDED,
+        max_dynamic_sampling_rounds: int = NOT_PROVIDED,
         **kwargs: Any,
     ) -> Self:
         """Set the loss and the optimizer.
@@ -320,95 +316,18 @@ class ARPOConfig(AlgorithmConfig):
         )
 
     @override(AlgorithmConfig)
+    def build_algo(self, *args: Any, **kwargs: Any) -> "ARPO":
+        return cast("ARPO", super().build_algo(*args, **kwargs))
+
+    @override(AlgorithmConfig)
     def validate(self) -> None:
         """Refuse settings that contradict each other, naming both and the cure."""
         # RLlib's local EnvRunner would put a model into the driver, and hand its own
         # stale weights to runners that come back.
         self.create_local_env_runner = self.num_env_runners == 0
         super().validate()
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                self._refuse(
-                    f"`{name}` ({getattr(self, name)!r}) must be one of "
-                    + ", ".join(map(repr, choices))
-                    + "."
-                )
-        try:
-            self.tree_settings()
-            self.sampling_params()
-        except ConfigError as error:
-            self._refuse(str(error))
-        if not self.model_config.get("model"):
-            self._refuse(
-                'No model: set `.rl_module(model_config={"model": ...})` to a '
-                "Hugging Face folder or hub name."
-            )
-        if self.in_evaluation:
-            return
-        self._validate_batches()
-        self._validate_losses()
-        if self.evaluation_duration == "auto":
-            self._refuse(
-                "`evaluation_duration` ('auto') is not supported: a trajectory has no "
-                "fixed length. Set it to the number of evaluation tasks."
-            )
-        if self.evaluation_duration_unit != "episodes":
-            self._refuse(
-                f"`evaluation_duration_unit` ({self.evaluation_duration_unit!r}) must "
-                "be 'episodes': an episode is the tree of one task."
-            )
-        if self.evaluation_interval and self.eval_tasks is None:
-            self._refuse(
-                f"`evaluation_interval` ({self.evaluation_interval}) is set but "
-                "`eval_tasks` is None. Set `.environment(eval_tasks=...)`."
-            )
-
-    def _validate_batches(self) -> None:
-        batch, mini = self.train_batch_size_per_learner, self.minibatch_size
-        if mini is None or not 1 <= mini <= batch:
-            self._refuse(
-                f"`minibatch_size` ({mini}) must be between 1 and "
-                f"`train_batch_size_per_learner` ({batch}): both count trees per "
-                "learner."
-            )
-        if self.lr_schedule != "constant" and self.lr_total_steps is None:
-            self._refuse(
-                f"`lr_schedule` ({self.lr_schedule!r}) needs `lr_total_steps` (None): "
-                "set the optimizer step at which the learning rate reaches 0."
-            )
-
-    def _validate_losses(self) -> None:
-        if not 0.0 < self.clip_param < 1.0:
-            self._refuse(f"`clip_param` ({self.clip_param}) must lie in (0, 1).")
-        high = self.clip_param_high
-        if high is not None and high < self.clip_param:
-            self._refuse(
-                f"`clip_param_high` ({high}) must be >= `clip_param` "
-                f"({self.clip_param}), or None for the same bound on both sides."
-            )
-        if self.dual_clip is not None and self.dual_clip <= 1.0:
-            self._refuse(
-                f"`dual_clip` ({self.dual_clip}) must be > 1, or None to switch it off."
-            )
-        if self.temperature == 0:
-            self._refuse(
-                "`temperature` (0) gives every token probability 1, so nothing can be "
-                "learned. Train with 1.0; evaluate greedily through "
-                "`.evaluation(evaluation_config=ARPOConfig.overrides(temperature=0))`."
-            )
-        if (self.top_p < 1 or self.top_k > 0) and self.old_logprobs == "rollout":
-            self._refuse(
-                f"`top_p` ({self.top_p}) and `top_k` ({self.top_k}) cut the sampler's "
-                "distribution but not the learner's, so `old_logprobs` ('rollout') "
-                'would bias every ratio. Set `old_logprobs="recompute"`, or '
-                "top_p=1 and top_k=0."
-            )
-        if self.branch_rule != "never" and self.group_size == self.num_initial_rollouts:
-            self._refuse(
-                f"`num_initial_rollouts` ({self.num_initial_rollouts}) equals "
-                f"`group_size` ({self.group_size}), so no leaf is left for a branch. "
-                'Lower the first, or set `branch_rule="never"` (GRPO).'
-            )
+        for fault in faults(self):
+            self._refuse(fault)
 
     def _refuse(self, message: str) -> None:
         # RLlib's own `_value_error` adds how to switch validation off.

@@ -1,0 +1,120 @@
+"""What `ARPOConfig.validate` refuses: settings that cannot work, or not together.
+
+Every message names the settings with their values, and the cure.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rllib_arpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rllib_arpo.config import ARPOConfig
+
+CHOICES = {
+    "engine_name": ("torch",),
+    "old_logprobs": ("rollout", "recompute"),
+    "loss_aggregation": ("token_mean", "sequence_mean"),
+    "advantage_attribution": ("soft", "hard"),
+    "advantage_normalization": ("group", "batch"),
+    "optimizer": ("adamw", "muon"),
+    "lr_schedule": ("constant", "linear", "cosine"),
+    "packing": ("paths",),
+}
+
+
+def faults(config: "ARPOConfig") -> Iterator[str]:
+    """One message for each rule that `config` breaks.
+
+    A config for evaluation is not asked about training.
+    """
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            yield (
+                f"`{name}` ({getattr(config, name)!r}) must be one of "
+                + ", ".join(map(repr, choices))
+                + "."
+            )
+    try:
+        config.tree_settings()
+        config.sampling_params()
+    except ConfigError as error:
+        yield str(error)
+    if not config.model_config.get("model"):
+        yield (
+            'No model: set `.rl_module(model_config={"model": ...})` to a '
+            "Hugging Face folder or hub name."
+        )
+    if not config.in_evaluation:
+        yield from _batch_faults(config)
+        yield from _loss_faults(config)
+        yield from _sampling_faults(config)
+        yield from _evaluation_faults(config)
+
+
+def _batch_faults(config: "ARPOConfig") -> Iterator[str]:
+    batch, mini = config.train_batch_size_per_learner, config.minibatch_size
+    if mini is None or not 1 <= mini <= batch:
+        yield (
+            f"`minibatch_size` ({mini}) must be between 1 and "
+            f"`train_batch_size_per_learner` ({batch}): both count trees per learner."
+        )
+    if config.lr_schedule != "constant" and config.lr_total_steps is None:
+        yield (
+            f"`lr_schedule` ({config.lr_schedule!r}) needs `lr_total_steps` (None): "
+            "set the optimizer step at which the learning rate reaches 0."
+        )
+
+
+def _loss_faults(config: "ARPOConfig") -> Iterator[str]:
+    if not 0.0 < config.clip_param < 1.0:
+        yield f"`clip_param` ({config.clip_param}) must lie in (0, 1)."
+    high = config.clip_param_high
+    if high is not None and high < config.clip_param:
+        yield (
+            f"`clip_param_high` ({high}) must be >= `clip_param` "
+            f"({config.clip_param}), or None for the same bound on both sides."
+        )
+    if config.dual_clip is not None and config.dual_clip <= 1.0:
+        yield f"`dual_clip` ({config.dual_clip}) must be > 1, or None to switch it off."
+
+
+def _sampling_faults(config: "ARPOConfig") -> Iterator[str]:
+    if config.temperature == 0:
+        yield (
+            "`temperature` (0) gives every token probability 1, so nothing can be "
+            "learned. Train with 1.0; evaluate greedily through "
+            "`.evaluation(evaluation_config=ARPOConfig.overrides(temperature=0))`."
+        )
+    if (config.top_p < 1 or config.top_k > 0) and config.old_logprobs == "rollout":
+        yield (
+            f"`top_p` ({config.top_p}) and `top_k` ({config.top_k}) cut the sampler's "
+            "distribution but not the learner's, so `old_logprobs` ('rollout') "
+            'would bias every ratio. Set `old_logprobs="recompute"`, or '
+            "top_p=1 and top_k=0."
+        )
+    roots = config.num_initial_rollouts
+    if config.branch_rule != "never" and config.group_size == roots:
+        yield (
+            f"`num_initial_rollouts` ({roots}) equals `group_size` "
+            f"({config.group_size}), so no leaf is left for a branch. "
+            'Lower the first, or set `branch_rule="never"` (GRPO).'
+        )
+
+
+def _evaluation_faults(config: "ARPOConfig") -> Iterator[str]:
+    if config.evaluation_duration == "auto":
+        yield (
+            "`evaluation_duration` ('auto') is not supported: a trajectory has no "
+            "fixed length. Set it to the number of evaluation tasks."
+        )
+    if config.evaluation_duration_unit != "episodes":
+        yield (
+            f"`evaluation_duration_unit` ({config.evaluation_duration_unit!r}) must "
+            "be 'episodes': an episode is the tree of one task."
+        )
+    if config.evaluation_interval and config.eval_tasks is None:
+        yield (
+            f"`evaluation_interval` ({config.evaluation_interval}) is set but "
+            "`eval_tasks` is None. Set `.environment(eval_tasks=...)`."
+        )
