@@ -95,12 +95,12 @@ class Turn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """A finished root-to-leaf path as text: what a reward function sees.
+    r"""A finished root-to-leaf path as text: what a reward function sees.
 
     Attributes:
         task: the question.
         turns: in order; the last one has no tool call unless it was cut off.
-        answer: text of the final answer (inside the last `\\boxed{}` when there
+        answer: text of the final answer (inside the last `\boxed{}` when there
             is one), None when the model gave none.
         format_errors: what breaks the dialogue's format, empty when well formed.
         num_response_tokens: model and tool tokens after the prompt.

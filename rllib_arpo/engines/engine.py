@@ -112,14 +112,20 @@ class Engine(Protocol):
         ...
 
     def hold(self) -> AbstractContextManager[None]:
-        """Held around a tool call by a deterministic run: the engine takes no step
-        while anyone holds it, so batches do not depend on how long tools take. An
-        engine without a deterministic mode returns a null context."""
+        """Held around a tool call by a deterministic run.
+
+        The engine takes no step while anyone holds it, so batches do not depend on
+        how long tools take. An engine without a deterministic mode returns a null
+        context.
+        """
         ...
 
     def metrics(self) -> dict[str, float]:
-        """Counters since the start: num_generated_tokens, num_prompt_tokens,
-        num_cached_prompt_tokens, and whatever else the engine knows."""
+        """Counters since the start, and levels.
+
+        num_generated_tokens, num_prompt_tokens, num_cached_prompt_tokens, and
+        whatever else the engine knows; `rllib_arpo.metrics` names the levels.
+        """
         ...
 
     def close(self) -> None:

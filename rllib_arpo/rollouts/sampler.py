@@ -77,8 +77,10 @@ class TokenEnv(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class _Path:
-    """A path that is growing. `key` is its place in the tree: (root,) for a root,
-    (*parent's key, turn, number) for a branch, so keys sort parents first.
+    """A path that is growing.
+
+    `key` is its place in the tree: (root,) for a root, (*parent's key, turn, number)
+    for a branch, so keys sort parents first.
     """
 
     key: PathKey
