@@ -7,6 +7,7 @@ out again when the runner that had them is gone.
 ARPO: arXiv:2507.19849. With `branch_rule="never"` this is GRPO (arXiv:2402.03300).
 """
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Any
 
 import ray
 import torch.distributed as dist
+from ray.exceptions import GetTimeoutError, RayError
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import (
     COMPONENT_LEARNER,
     COMPONENT_RL_MODULE,
 )
+from ray.rllib.core.learner.learner_group import LearnerGroup
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.metrics import (
@@ -57,7 +60,11 @@ MIN_CALLS_FOR_OUTAGE = 20
 class ARPO(Algorithm):
     """Trains a tool-using language model on trees of rollouts."""
 
-    config: ARPOConfig
+    # RLlib declares them as what they are before `setup`.
+    config: ARPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    evaluation_config: ARPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    env_runner_group: EnvRunnerGroup  # pyright: ignore[reportIncompatibleVariableOverride]
+    learner_group: LearnerGroup  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @classmethod
     @override(Algorithm)
@@ -65,7 +72,9 @@ class ARPO(Algorithm):
         return ARPOConfig()
 
     @override(Algorithm)
-    def setup(self, config: ARPOConfig) -> None:
+    def setup(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, config: ARPOConfig
+    ) -> None:
         # Data first: a wrong file must not cost the start of a cluster.
         self._cursor = self._make_cursor(config)
         self.eval_tasks: Sequence[Task] = (
@@ -139,8 +148,9 @@ class ARPO(Algorithm):
         )
 
     def _update(self, trees: list[RolloutTree]) -> None:
+        episodes: list[Any] = trees  # RLlib knows its own episode types only
         results = self.learner_group.update(
-            training_data=TreeTrainingData(episodes=trees),
+            training_data=TreeTrainingData(episodes=episodes),
             timesteps={
                 NUM_ENV_STEPS_SAMPLED_LIFETIME: self.metrics.peek(
                     (ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0
@@ -243,6 +253,8 @@ class ARPO(Algorithm):
     def _wait_for_env_runner(self, group: EnvRunnerGroup) -> None:
         """Bring back runners; return as soon as one is healthy."""
         limit = self.config.env_runner_restore_timeout_s
+        if limit is None:
+            limit = math.inf
         deadline = time.monotonic() + limit
         while True:
             self.restore_env_runners(group)
@@ -251,8 +263,8 @@ class ARPO(Algorithm):
             if time.monotonic() > deadline:
                 raise EngineError(
                     "All EnvRunners are dead and none came back within "
-                    f"`env_runner_restore_timeout_s` ({limit:g} s). Their logs say "
-                    "why; the last checkpoint is intact."
+                    f"`env_runner_restore_timeout_s` ({limit:g} s): {_cause(group)}. "
+                    "The last checkpoint is intact."
                 )
             time.sleep(1.0)
 
@@ -271,7 +283,8 @@ class ARPO(Algorithm):
                 local_env_runner=False,
             )
         else:
-            group.local_env_runner.set_state(state)
+            local: Any = group.local_env_runner
+            local.set_state(state)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the trained model as a Hugging Face folder, tokenizer included.
@@ -280,7 +293,7 @@ class ARPO(Algorithm):
         """
         folder = Path(folder).absolute()
 
-        def write(learner: Any) -> None:
+        def write(learner: Any, *_: Any) -> None:
             if not dist.is_initialized() or dist.get_rank() == 0:
                 learner.language_model.save_pretrained(folder)
 
@@ -333,7 +346,7 @@ def evaluate_on_env_runners(
         DataError: `eval_tasks` is not set.
     """
     config = algorithm.evaluation_config
-    tasks = algorithm.eval_tasks[: config.evaluation_duration]
+    tasks = algorithm.eval_tasks[: int(config.evaluation_duration or 0)]
     if not tasks:
         raise DataError(
             "There is nothing to evaluate on: set `.environment(eval_tasks=...)` to a "
@@ -376,7 +389,8 @@ def _call_env_runners(
         if part
     ]
     if local:
-        answers = [group.local_env_runner.sample_and_get_metrics(**calls[0])]
+        runner: Any = group.local_env_runner
+        answers = [runner.sample_and_get_metrics(**calls[0])]
     elif ids:
         answers = group.foreach_env_runner(
             "sample_and_get_metrics",
@@ -390,6 +404,18 @@ def _call_env_runners(
         if isinstance(answer, ARPOError):
             raise answer
     return answers
+
+
+def _cause(group: EnvRunnerGroup) -> str:
+    """Why an EnvRunner is dead, in one line, as far as Ray tells."""
+    for actor in group._worker_manager.actors().values():
+        try:
+            ray.get(actor.ping.remote(), timeout=1.0)
+        except GetTimeoutError:
+            continue
+        except RayError as error:
+            return str(error).strip().splitlines()[-1]
+    return "their logs say why"
 
 
 def _has_signal(tree: RolloutTree) -> bool:

@@ -44,7 +44,7 @@ NOT_PROVIDED: Any = NotProvided
 class ARPOConfig(AlgorithmConfig):
     """Settings of `ARPO`; the defaults are those of the paper's appendix C.2."""
 
-    def __init__(self, algo_class: type | str | None = None) -> None:
+    def __init__(self, algo_class: type | None = None) -> None:
         from rllib_arpo.arpo import ARPO, evaluate_on_env_runners
         from rllib_arpo.rollouts.env_runner import ARPOEnvRunner
 
@@ -226,7 +226,7 @@ class ARPOConfig(AlgorithmConfig):
         return self._set(deterministic=deterministic)
 
     @override(AlgorithmConfig)
-    def training(
+    def training(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         *,
         train_batch_size_per_learner: int = NOT_PROVIDED,

@@ -25,7 +25,7 @@ TraceSource = Callable[[], Sequence[RolloutTree]] | Sequence[RolloutTree]
 class SFTConfig(ARPOConfig):
     """Settings of `SFT`; the paper's for its cold start: lr 7e-6, batch 128."""
 
-    def __init__(self, algo_class: type | str | None = None) -> None:
+    def __init__(self, algo_class: type | None = None) -> None:
         super().__init__(algo_class=algo_class or SFT)
         self.train_traces: TraceSource | None = None
         self.lr = 7e-6
@@ -71,7 +71,7 @@ class SFTConfig(ARPOConfig):
 class SFT(ARPO):
     """Teaches a language model to write like given traces."""
 
-    config: SFTConfig
+    config: SFTConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @classmethod
     @override(Algorithm)
@@ -98,7 +98,9 @@ class SFT(ARPO):
                 "a list of trees or a function that returns one."
             )
         with self._timed(LEARNER_UPDATE_TIMER):
-            self._update(self._cursor.next(self.config.total_train_batch_size))
+            # The cursor is over traces here.
+            batch: list[Any] = self._cursor.next(self.config.total_train_batch_size)
+            self._update(batch)
 
     @override(Algorithm)
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:

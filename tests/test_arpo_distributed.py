@@ -15,6 +15,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 
 from rllib_arpo import ARPO, RolloutTree, Task
 from rllib_arpo.envs.almanac import AlmanacEnv
+from rllib_arpo.errors import EngineError
 from rllib_arpo.metrics import NUM_TREES_REQUEUED
 from tests.tiny_runs import (
     NUM_TRAIN_TASKS,
@@ -22,6 +23,7 @@ from tests.tiny_runs import (
     engine_weights,
     learned,
     learner_weights,
+    running,
     same,
     token_ids,
 )
@@ -243,3 +245,34 @@ def test_restoring_gives_all_of_them_the_weights_of_the_checkpoint(
     algorithm.restore_from_path(folder)
     assert same(saved, learner_weights(algorithm))
     assert all_equal(algorithm)
+
+
+class DoomedEnv(AlmanacEnv):
+    """Kills the process of its first rollout, and cannot be made again."""
+
+    def __init__(self, config: Any = None) -> None:
+        settings = dict(config or {})
+        self.grave = settings.pop("grave")
+        if os.path.exists(self.grave):
+            raise ConnectionRefusedError("no licence server")
+        super().__init__(settings)
+
+    def reset(self, *, seed=None, options=None):
+        open(self.grave, "w").close()
+        os._exit(1)
+
+
+def test_why_no_runner_comes_back_is_named(almanac_model, ray_session, tmp_path):
+    config = (
+        arpo_config(almanac_model, grave=str(tmp_path / "grave"))
+        .environment(env=DoomedEnv)
+        .env_runners(num_env_runners=1)
+        .fault_tolerance(
+            delay_between_env_runner_restarts_s=0.1, env_runner_restore_timeout_s=1.0
+        )
+    )
+    with (
+        running(config) as algorithm,
+        pytest.raises(EngineError, match="ConnectionRefusedError: no licence server"),
+    ):
+        algorithm.train()

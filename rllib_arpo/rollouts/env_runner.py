@@ -37,6 +37,7 @@ from ray.rllib.utils.metrics import (
     WEIGHTS_SEQ_NO,
 )
 
+from rllib_arpo.config import ARPOConfig
 from rllib_arpo.data.datasets import TaskCursor
 from rllib_arpo.data.sources import resolve_tasks
 from rllib_arpo.engines.engine import Engine, SamplingParams
@@ -52,8 +53,11 @@ T = TypeVar("T")
 class ARPOEnvRunner(EnvRunner, Checkpointable):
     """Grows trees for the tasks that it is given."""
 
+    config: ARPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    env: Any  # a `TokenEnv`, None before `make_env`
+
     @override(EnvRunner)
-    def __init__(self, *, config: Any, **kwargs: Any) -> None:
+    def __init__(self, *, config: ARPOConfig, **kwargs: Any) -> None:
         super().__init__(config=config, **kwargs)
         self.worker_index = self.worker_index or 0
         self._env_creator = kwargs.get("env_creator")
@@ -78,19 +82,9 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
             worker_index=self.worker_index,
             num_workers=self.num_workers,
         )
-        creator = self._env_creator or self.config.env
+        creator: Any = self._env_creator or self.config.env
         self.env = getattr(creator(context), "unwrapped", None)
-        make_callback(
-            "on_environment_created",
-            callbacks_objects=self._callbacks,
-            callbacks_functions=self.config.callbacks_on_environment_created,
-            kwargs={
-                "env_runner": self,
-                "metrics_logger": self.metrics,
-                "env": self.env,
-                "env_context": context,
-            },
-        )
+        self._call_back("on_environment_created", env=self.env, env_context=context)
 
     @override(EnvRunner)
     def make_module(self) -> None:
@@ -161,16 +155,7 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
             )
         )
         self._log(trees, time.monotonic() - start)
-        make_callback(
-            "on_sample_end",
-            callbacks_objects=self._callbacks,
-            callbacks_functions=self.config.callbacks_on_sample_end,
-            kwargs={
-                "env_runner": self,
-                "metrics_logger": self.metrics,
-                "samples": trees,
-            },
-        )
+        self._call_back("on_sample_end", samples=trees)
         return trees
 
     def sample_and_get_metrics(
@@ -215,6 +200,14 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from failed
         return [tree.result() for tree in growing]
+
+    def _call_back(self, name: str, **kwargs: Any) -> None:
+        make_callback(
+            name,
+            callbacks_objects=self._callbacks,
+            callbacks_functions=getattr(self.config, f"callbacks_{name}"),
+            kwargs={"env_runner": self, "metrics_logger": self.metrics, **kwargs},
+        )
 
     def _own_tasks(self, count: int) -> list[Task]:
         if self._cursor is None:
