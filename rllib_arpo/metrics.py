@@ -11,6 +11,7 @@ from ray.rllib.utils.metrics import EPISODE_LEN_MEAN, EPISODE_RETURN_MEAN
 
 from rllib_arpo.tree import RolloutTree, Segment, count_tool_calls, path
 
+METRICS_FILE = "metrics.jsonl"
 REWARD_MEAN = "reward_mean"
 REWARD_STD = "reward_std"
 ACCURACY = "accuracy"

@@ -35,10 +35,10 @@ from rllib_arpo.metrics import (
     ENGINE_METRICS,
     ENGINE_SAMPLE_TIME_S,
     ENGINE_STEP_TIME_S,
+    METRICS_FILE,
     NUM_TOKENS_SAMPLED,
     NUM_TOOL_CALLS,
 )
-from rllib_arpo.tracking.curves import METRICS_FILE, plot_run
 
 Record = dict[str, Any]
 
@@ -165,6 +165,8 @@ class Run:
 
     def plot(self) -> Path:
         """Draw `curves.png` and `curves.svg`."""
+        from rllib_arpo.tracking.curves import plot_run
+
         return plot_run(self.folder)
 
 

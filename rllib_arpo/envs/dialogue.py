@@ -16,13 +16,15 @@ model's own text is ever parsed. Differences from the released code of ARPO:
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerFast
 
 from rllib_arpo.tree import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 CUT_NOTICE = " ... [cut]"
 MAX_CACHED_PROMPTS = 1024
@@ -138,7 +140,7 @@ class TagDialogue:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: "PreTrainedTokenizerFast",
         tools: Sequence[str] = ("search", "python"),
         *,
         require_think: bool = True,
@@ -334,7 +336,7 @@ class TagDialogue:
 
 
 def _forbidden_ids(
-    tokenizer: PreTrainedTokenizerFast, specials: dict[str, int], tags: Sequence[str]
+    tokenizer: "PreTrainedTokenizerFast", specials: dict[str, int], tags: Sequence[str]
 ) -> frozenset[int]:
     """Special tokens, and tags that are one token: never part of a tool result."""
     ids = set(specials.values())

@@ -2,15 +2,16 @@
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
-
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any, cast
 
 from rllib_arpo.envs.dialogue import Dialogue, TagDialogue
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.rewards.reward import RewardFn, paper_reward
 from rllib_arpo.tools.tool import Tool
 from rllib_arpo.tree import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 ToolsOfTask = Callable[[Task], Sequence[Tool]]
 
@@ -49,9 +50,12 @@ def at_least(settings: Mapping[str, Any], key: str, least: int) -> int:
     return value
 
 
-def load_tokenizer(source: object) -> PreTrainedTokenizerFast:
+def load_tokenizer(source: object) -> "PreTrainedTokenizerFast":
     """A fast tokenizer, loaded when a folder or name is given."""
     if isinstance(source, str):
+        # Takes a second, which `import rllib_arpo` need not.
+        from transformers import AutoTokenizer
+
         try:
             source = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
@@ -60,7 +64,7 @@ def load_tokenizer(source: object) -> PreTrainedTokenizerFast:
         raise ConfigError(
             f"`tokenizer` ({source!r}) must be a folder, a name or a fast tokenizer"
         )
-    return cast(PreTrainedTokenizerFast, source)
+    return cast("PreTrainedTokenizerFast", source)
 
 
 def load_tools(tools: Any) -> dict[str, Tool] | ToolsOfTask:
@@ -85,7 +89,7 @@ def load_tools(tools: Any) -> dict[str, Tool] | ToolsOfTask:
 
 
 def make_dialogue(
-    dialogue: Any, tokenizer: PreTrainedTokenizerFast, tools: tuple[str, ...]
+    dialogue: Any, tokenizer: "PreTrainedTokenizerFast", tools: tuple[str, ...]
 ) -> Dialogue:
     """The dialogue that was given or described."""
     if isinstance(dialogue, Dialogue):

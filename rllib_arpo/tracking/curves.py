@@ -19,8 +19,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rllib_arpo.errors import DataError
+from rllib_arpo.metrics import METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
 DASHES = ("-", "--", ":", "-.")
 SHADES = ("#000000", "#0072B2", "#D55E00", "#777777")
 FILLS = ("#2b5c8a", "#7fa8cc", "#e0a458", "#f3dcb8")
