@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rllib_arpo.arpo import ARPO
 from rllib_arpo.config import ARPOConfig
@@ -37,22 +37,35 @@ from rllib_arpo.tree import RolloutTree, Task
 
 NUM_TRAIN_TASKS = 4_000
 NUM_TEST_TASKS = 512
-NUM_TRACES = 12_000
-CLEAN_FRACTION = 0.4
-SFT_BATCH = 32
-SFT_STEPS_PER_ITERATION = 25
-SFT_ITERATIONS = 24
-RL_ITERATIONS = 40
+NUM_TRACES = 8_000
+CLEAN_FRACTION = 0.35
+SFT_BATCH = 16
+SFT_STEPS_PER_ITERATION = 50
+RL_TREES = 16
+RL_STEPS_PER_ITERATION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What the command line chooses."""
+    """What may be chosen.
+
+    Attributes:
+        folder: of the run; what an earlier quick start left there is replaced.
+        seed: of model, traces, tasks and sampling.
+        num_env_runners: sampling actors; 0 samples in this process.
+        num_learners: learner actors; 0 learns in this process.
+        sft_iterations: of 50 optimizer steps each.
+        rl_iterations: of 16 trees each.
+        num_test_tasks: held-out questions.
+    """
 
     folder: Path
     seed: int = 0
     num_env_runners: int = 0
     num_learners: int = 0
+    sft_iterations: int = 24
+    rl_iterations: int = 40
+    num_test_tasks: int = 512
 
 
 def almanac_tasks(split: Split, num: int) -> list[Task]:
@@ -71,65 +84,76 @@ def almanac_traces(model: str, num: int, clean_fraction: float, seed: int) -> An
 
 def sft_config(model: str, settings: Settings) -> SFTConfig:
     """The cold start's settings."""
+    learners = max(settings.num_learners, 1)
     steps = SFT_STEPS_PER_ITERATION
-    return (
+    return _on_this_machine(
         SFTConfig()
         .environment(
             env=AlmanacEnv,
             train_traces=partial(
                 almanac_traces, model, NUM_TRACES, CLEAN_FRACTION, settings.seed
             ),
-            eval_tasks=partial(almanac_tasks, "test", NUM_TEST_TASKS),
+            eval_tasks=partial(almanac_tasks, "test", settings.num_test_tasks),
         )
         .rl_module(model_config={"model": model})
         .training(
-            train_batch_size_per_learner=SFT_BATCH
-            * steps
-            // max(settings.num_learners, 1),
-            minibatch_size=SFT_BATCH // max(settings.num_learners, 1),
+            train_batch_size_per_learner=SFT_BATCH * steps // learners,
+            minibatch_size=SFT_BATCH // learners,
             optimizer="muon",
-            lr=5e-3,
-            muon_lr=0.01,
+            muon_lr=3e-3,
+            lr=3e-3,
+            adam_betas=(0.9, 0.95),
             weight_decay=0.0,
             lr_schedule="linear",
             lr_warmup_steps=20,
-            lr_total_steps=SFT_ITERATIONS * steps,
-            grad_clip=1.0,
-        )
-        .evaluation(evaluation_duration=NUM_TEST_TASKS)
-        .env_runners(num_env_runners=settings.num_env_runners)
-        .learners(num_learners=settings.num_learners)
-        .debugging(seed=settings.seed, deterministic=True, log_level="ERROR")
+            lr_total_steps=settings.sft_iterations * steps,
+        ),
+        settings,
     )
 
 
 def arpo_config(model: str, settings: Settings) -> ARPOConfig:
     """Reinforcement learning's settings."""
-    return (
+    learners = max(settings.num_learners, 1)
+    steps = RL_STEPS_PER_ITERATION
+    return _on_this_machine(
         ARPOConfig()
         .environment(
             env=AlmanacEnv,
             train_tasks=partial(almanac_tasks, "train", NUM_TRAIN_TASKS),
-            eval_tasks=partial(almanac_tasks, "test", NUM_TEST_TASKS),
+            eval_tasks=partial(almanac_tasks, "test", settings.num_test_tasks),
         )
         .rl_module(model_config={"model": model})
         .tree_rollout(
             group_size=16,
             num_initial_rollouts=8,
-            branch_rule="bernoulli",
+            branch_rule="threshold",
+            # A turn of this agent is short: about ten tokens.
             entropy_probe_tokens=8,
         )
         .training(
-            train_batch_size_per_learner=16 // max(settings.num_learners, 1),
-            minibatch_size=8 // max(settings.num_learners, 1),
+            train_batch_size_per_learner=RL_TREES // learners,
+            minibatch_size=RL_TREES // steps // learners,
             lr=1e-3,
             adam_betas=(0.9, 0.99),
             weight_decay=0.0,
+            lr_schedule="linear",
+            lr_warmup_steps=3 * steps,
+            lr_total_steps=settings.rl_iterations * steps,
             clip_param=0.2,
             clip_param_high=0.28,
-            grad_clip=1.0,
-        )
-        .evaluation(evaluation_duration=NUM_TEST_TASKS)
+        ),
+        settings,
+    )
+
+
+Config = TypeVar("Config", bound=ARPOConfig)
+
+
+def _on_this_machine(config: Config, settings: Settings) -> Config:
+    return (
+        config.training(max_tokens_per_microbatch=4096, grad_clip=1.0)
+        .evaluation(evaluation_duration=settings.num_test_tasks)
         .env_runners(num_env_runners=settings.num_env_runners)
         .learners(num_learners=settings.num_learners)
         .debugging(seed=settings.seed, deterministic=True, log_level="ERROR")
@@ -187,14 +211,14 @@ def _cold_start(
     sft = Run(run.folder / "sft")
     algorithm = sft_config(base, settings).build_algo()
     try:
-        with console.progress(SFT_ITERATIONS, "cold start") as progress:
+        with console.progress(settings.sft_iterations, "cold start") as progress:
             train(
                 algorithm,
                 sft,
-                num_iterations=SFT_ITERATIONS,
+                num_iterations=settings.sft_iterations,
                 stage="cold start",
                 on_iteration=progress,
-                checkpoint_interval=SFT_ITERATIONS,
+                checkpoint_interval=settings.sft_iterations,
             )
         evaluation, _ = _evaluate(algorithm, console)
         model = str(algorithm.save_pretrained(run.folder / "cold_start"))
@@ -211,14 +235,14 @@ def _reinforce(
     run.write_config(config)
     algorithm = config.build_algo()
     try:
-        with console.progress(RL_ITERATIONS, "ARPO") as progress:
+        with console.progress(settings.rl_iterations, "ARPO") as progress:
             train(
                 algorithm,
                 run,
-                num_iterations=RL_ITERATIONS,
+                num_iterations=settings.rl_iterations,
                 stage="ARPO",
                 on_iteration=progress,
-                checkpoint_interval=RL_ITERATIONS,
+                checkpoint_interval=settings.rl_iterations,
             )
         evaluation, trees = _evaluate(algorithm, console)
         algorithm.save_pretrained(run.model)

@@ -1,14 +1,13 @@
 """The embedded world: questions that need look-ups and arithmetic, on any laptop.
 
-An almanac lists made-up places with eight parts each, which retrieval confuses, and
-for every part numeric attributes and a neighboring part of the same place. One fact
-a line: `depth vifel north 44`. Every question has its own edition (`world_id`) in
-which all values are drawn anew, so a fact can never be memorised, only looked up;
-retrieval is noisy, so hits have to be read.
+An almanac lists made-up places in families of names one letter apart, with numeric
+attributes and a neighbor each, one fact a line: `depth vifel = 44`. Every question
+has its own edition (`world_id`) in which all values are drawn anew, so a fact can
+never be memorised, only looked up; retrieval is noisy, so a hit has to be read.
 
-    What is the depth of vifel north minus 57?                        one look-up
-    What is the depth of vifel north times the width of zepen lower?  two look-ups
-    What is the depth of the neighbor of fozul east plus 12?          bridge
+    What is depth of vifel minus 57?                    one look-up
+    What is depth of vifel times width of zepen?        two look-ups
+    What is depth of neighbor of fozul plus 12?         bridge
 
 To write a world of your own, keep this shape:
 
@@ -46,11 +45,10 @@ FIELDS = (*ATTRIBUTES, RELATION)
 OPERATORS = {"plus": "+", "minus": "-", "times": "*"}
 KINDS = ("one_hop", "two_lookups", "bridge")
 
-PARTS = ("north", "south", "east", "west", "upper", "lower", "inner", "outer")
-NUM_PLACES = 8
-LOWEST, HIGHEST = 10, 39
+NUM_FAMILIES = 16
+FAMILY_SIZE = 4
 NUM_HITS = 3
-WEIGHT = 4
+FIELD_BOOST = 12
 CONSONANTS = "bdfgklmnprstvz"
 VOWELS = "aeiou"
 
@@ -86,9 +84,9 @@ class Edition:
     """All values of one world id.
 
     Attributes:
-        values: [num_names, num_attributes] int, LOWEST to HIGHEST.
+        values: [num_names, num_attributes] int, 10 to 99.
         neighbors: [num_names] int, index of each name's neighbor; one cycle through
-            the parts of a place, so every name is exactly one other's neighbor.
+            all names, so every name is exactly one other's neighbor.
     """
 
     values: NDArray[np.int64]
@@ -105,7 +103,7 @@ class AlmanacWorld:
             often.
     """
 
-    def __init__(self, seed: int = 0, search_noise: float = 0.045) -> None:
+    def __init__(self, seed: int = 0, search_noise: float = 0.065) -> None:
         self.seed = seed
         self.search_noise = search_noise
         self.names = _draw_names(np.random.default_rng((seed, 0)))
@@ -125,7 +123,7 @@ class AlmanacWorld:
         self._index = bm25s.BM25(backend="numpy")
         self._index.index(
             [
-                _words(f"{FIELDS[field]} {self.names[number]}")
+                _grams(f"{FIELDS[field]} {self.names[number]}")
                 for number, field in self._facts
             ],
             show_progress=False,
@@ -139,19 +137,19 @@ class AlmanacWorld:
         return [(self.names[n], FIELDS[f]) for n, f in self._pairs[split]]
 
     def value(self, world_id: int, name: str, field: str) -> str:
-        """A fact as text: a number, or for the relation the part of the place."""
+        """A fact as text: a number, or a name for the relation."""
         return self._value(world_id, self.names.index(name), FIELDS.index(field))
 
     def search(self, world_id: int, query: str) -> list[str]:
         """The best lines for `query`, best first; same edition and query, same hits.
 
-        BM25 over words, to which parts of a place score alike, plus noise that
-        depends on the edition and the text of the query: the right line stands
+        BM25 over letter pairs, so names one letter apart score alike; the noise
+        depends on the edition and the words of the query, so the right line stands
         first, lower or is missing, and asking in another order of words draws anew.
         """
         hits = self._hits(world_id, " ".join(query.split()))
         return [
-            f"{FIELDS[field]} {self.names[number]} "
+            f"{FIELDS[field]} {self.names[number]} = "
             f"{self._value(world_id, number, field)}"
             for number, field in hits
         ]
@@ -189,23 +187,22 @@ class AlmanacWorld:
     def _value(self, world_id: int, number: int, field: int) -> str:
         edition = self._edition(world_id)
         if FIELDS[field] == RELATION:
-            return part_of(self.names[edition.neighbors[number]])
+            return self.names[edition.neighbors[number]]
         return str(edition.values[number, field])
 
     def _draw_edition(self, world_id: int) -> Edition:
         rng = np.random.default_rng((self.seed, 3, world_id))
-        values = rng.integers(LOWEST, HIGHEST + 1, (len(self.names), len(ATTRIBUTES)))
-        neighbors = np.empty(len(self.names), np.int64)
-        for place in range(NUM_PLACES):
-            cycle = place * len(PARTS) + rng.permutation(len(PARTS))
-            neighbors[cycle] = np.roll(cycle, -1)
+        values = rng.integers(10, 100, (len(self.names), len(ATTRIBUTES)))
+        cycle = rng.permutation(len(self.names))
+        neighbors = np.empty_like(cycle)
+        neighbors[cycle] = np.roll(cycle, -1)
         return Edition(values=values, neighbors=neighbors)
 
     def _rank(self, world_id: int, query: str) -> list[tuple[int, int]]:
-        words = [word for word in _words(query) if word in self._vocabulary]
-        if not words:
+        grams = [gram for gram in _grams(query) if gram in self._vocabulary]
+        if not grams:
             return []
-        scores = self._index.get_scores(words)
+        scores = self._index.get_scores(grams)
         noise = np.random.default_rng((self.seed, world_id, zlib.crc32(query.encode())))
         scores = scores + noise.normal(
             0.0, self.search_noise * scores.max(), len(scores)
@@ -219,22 +216,22 @@ class AlmanacWorld:
         pairs = self._pairs[split]
         kind = KINDS[rng.choice(len(KINDS), p=(0.4, 0.3, 0.3))]
         operator = tuple(OPERATORS)[rng.integers(len(OPERATORS))]
-        first, second = (
-            pairs[i] for i in rng.choice(len(pairs), 2, replace=False).tolist()
-        )
-        constant: int | None = int(rng.integers(LOWEST, HIGHEST + 1))
+        first = second = pairs[rng.integers(len(pairs))]
+        while second[0] == first[0]:
+            second = pairs[rng.integers(len(pairs))]
+        constant: int | None = int(rng.integers(10, 100))
         name, attribute = self.names[first[0]], FIELDS[first[1]]
         lookups: tuple[tuple[str, str], ...] = ((name, attribute),)
-        asked = f"the {attribute} of {name} {operator}"
+        asked = f"{attribute} of {name} {operator}"
         if kind == "two_lookups":
             other = (self.names[second[0]], FIELDS[second[1]])
             lookups, constant = (*lookups, other), None
-            asked += f" the {other[1]} of {other[0]}"
+            asked += f" {other[1]} of {other[0]}"
         elif kind == "bridge":
             neighbors = self._edition(world_id).neighbors
             start = self.names[int(np.flatnonzero(neighbors == first[0])[0])]
             lookups = ((start, RELATION), *lookups)
-            asked = f"the {attribute} of the {RELATION} of {start} {operator}"
+            asked = f"{attribute} of {RELATION} of {start} {operator}"
         if constant is not None:
             asked += f" {constant}"
         question = Question(
@@ -314,30 +311,41 @@ def calculate(left: int, operator: str, right: int) -> int:
     return left - right if operator == "minus" else left * right
 
 
-def part_of(name: str) -> str:
-    """`north` of `vifel north`."""
-    return name.split()[1]
+def _grams(text: str) -> list[str]:
+    """Letter pairs of each word; the words that name a field count as a whole too.
 
-
-def neighbor_name(name: str, part: str) -> str:
-    """The name that a relation's value means: another part of the same place."""
-    return f"{name.split()[0]} {part}"
-
-
-def _words(text: str) -> list[str]:
-    """Fields and places repeated: most confusions are between parts of a place."""
-    return [
-        word
-        for word in text.lower().split()
-        for _ in range(1 if word in PARTS else WEIGHT)
-    ]
+    The whole word, repeated, is the boost that makes a wrong field a rarer confusion
+    than a wrong name.
+    """
+    grams: list[str] = []
+    for word in text.lower().split():
+        if word in FIELDS:
+            grams += [word] * FIELD_BOOST
+            continue
+        marked = f"^{word}$"
+        grams += [marked[i : i + 2] for i in range(len(marked) - 1)]
+    return grams
 
 
 def _draw_names(rng: np.random.Generator) -> tuple[str, ...]:
-    places: list[str] = []
-    while len(places) < NUM_PLACES:
-        letters = (CONSONANTS, VOWELS, CONSONANTS, VOWELS, CONSONANTS)
-        place = "".join(str(rng.choice(list(alphabet))) for alphabet in letters)
-        if place not in places:
-            places.append(place)
-    return tuple(f"{place} {part}" for place in places for part in PARTS)
+    """Families that differ from each other in two letters or more."""
+    names: list[str] = []
+    while len(names) < NUM_FAMILIES * FAMILY_SIZE:
+        letters = [
+            str(rng.choice(list(alphabet)))
+            for alphabet in (CONSONANTS, VOWELS, CONSONANTS, VOWELS, CONSONANTS)
+        ]
+        place = int(rng.integers(5))
+        alphabet = VOWELS if place % 2 else CONSONANTS
+        swaps = rng.choice(list(alphabet), FAMILY_SIZE, replace=False)
+        family = [
+            "".join([*letters[:place], str(swap), *letters[place + 1 :]])
+            for swap in swaps
+        ]
+        if all(_distance(new, old) > 1 for new in family for old in names):
+            names += family
+    return tuple(names)
+
+
+def _distance(left: Sequence[str], right: Sequence[str]) -> int:
+    return sum(a != b for a, b in zip(left, right, strict=True))

@@ -7,10 +7,11 @@ reinforcement learning to find out when each of them pays.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 
+from rllib_arpo.data.traces import Part, trace_tree
 from rllib_arpo.envs.almanac import (
     ATTRIBUTES,
     OPERATORS,
@@ -18,13 +19,10 @@ from rllib_arpo.envs.almanac import (
     Question,
     Split,
     calculate,
-    neighbor_name,
     search_result,
 )
 from rllib_arpo.envs.dialogue import TagDialogue
-from rllib_arpo.tree import Leaf, RolloutTree, Segment, Task, ToolCall
-
-Part = tuple[Literal["model", "tool"], str]
+from rllib_arpo.tree import RolloutTree, Task
 
 # Other words for the same query draw other noise, so each is a new chance.
 PHRASINGS = (
@@ -35,7 +33,6 @@ PHRASINGS = (
     "{field} {name} {name}",
     "{name} {field} {field}",
 )
-MAX_RESULT_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +103,7 @@ class AlmanacExpert:
         for task in self._world.tasks(split, num, seed):
             clean = bool(rng.random() < clean_fraction)
             parts = self.write_trace(task, rng, clean=clean)
-            trees.append(_to_tree(task, parts, dialogue, seed))
+            trees.append(trace_tree(task, parts, dialogue, seed=seed))
         return trees
 
     def write_trace(
@@ -122,14 +119,19 @@ class AlmanacExpert:
         skill = CLEAN if clean else self._skill
         draft = _Draft()
         read = self._look_up_operands(question, skill, rng, draft)
-        answer = read[0]
+        answer = int(read[0].value)
         if rng.random() < skill.python:
             operator = question.operator
             if rng.random() >= skill.operator:
                 operator = str(rng.choice([op for op in OPERATORS if op != operator]))
-            right = read[1] if question.constant is None else question.constant
-            answer = calculate(read[0], operator, right)
-            draft.say(f"<python> {read[0]} {OPERATORS[operator]} {right}</python>")
+            constant = question.constant
+            right = int(read[-1].value) if constant is None else constant
+            named = read[-1].name if constant is None else str(constant)
+            answer = calculate(answer, operator, right)
+            facts = "".join(f" {fact.name} = {fact.value};" for fact in read)
+            draft.say(
+                f"<python>{facts} {read[0].name} {OPERATORS[operator]} {named}</python>"
+            )
             draft.hear(str(answer))
         boxed = f"\\boxed{{{answer}}}" if rng.random() < skill.box else str(answer)
         draft.say(f"<answer>{boxed}</answer>")
@@ -141,24 +143,21 @@ class AlmanacExpert:
         skill: Skill,
         rng: np.random.Generator,
         draft: "_Draft",
-    ) -> list[int]:
+    ) -> list["_Fact"]:
         """The numbers read: one, or two for a question of two look-ups."""
         world_id, first = question.world_id, question.lookups[0]
         if question.kind == "one_hop":
-            return [int(self._look_up(world_id, first, skill, rng, draft))]
+            return [self._look_up(world_id, first, skill, rng, draft)]
         hop = rng.random() < skill.second_hop
         if question.kind == "two_lookups":
             wanted = question.lookups if hop else (first,)
-            read = [
-                int(self._look_up(world_id, fact, skill, rng, draft)) for fact in wanted
-            ]
-            return [read[0], read[-1]]
+            return [self._look_up(world_id, fact, skill, rng, draft) for fact in wanted]
         name = first[0]
         if hop:
-            part = self._look_up(world_id, first, skill, rng, draft)
-            name = neighbor_name(name, part)
+            name = self._look_up(world_id, first, skill, rng, draft).value
+            draft.note(f"{first[0]} = {name}")
         fact = (name, question.lookups[1][1])
-        return [int(self._look_up(world_id, fact, skill, rng, draft))]
+        return [self._look_up(world_id, fact, skill, rng, draft)]
 
     def _look_up(
         self,
@@ -167,8 +166,8 @@ class AlmanacExpert:
         skill: Skill,
         rng: np.random.Generator,
         draft: "_Draft",
-    ) -> str:
-        """Search until satisfied, note a line, and give its value."""
+    ) -> "_Fact":
+        """Search until satisfied, and read a line as if it were the right one."""
         name, field = fact
         full = rng.random() < skill.full_query
         right: list[str] = []
@@ -187,8 +186,14 @@ class AlmanacExpert:
         others = [hit for hit in readable if hit not in right]
         take_right = right and (not others or rng.random() < skill.right_line)
         line = right[0] if take_right else others[int(rng.integers(len(others)))]
-        draft.note(line)
-        return line.split()[-1]
+        return _Fact(name, line.split()[-1])
+
+
+class _Fact(NamedTuple):
+    """What the expert takes for the value of a field of `name`."""
+
+    name: str
+    value: str
 
 
 class _Draft:
@@ -212,47 +217,3 @@ class _Draft:
 def _same_type(hit: str, field: str) -> bool:
     """Whether the line holds a number when a number is asked for, a name else."""
     return (hit.split()[0] in ATTRIBUTES) == (field in ATTRIBUTES)
-
-
-def _to_tree(
-    task: Task, parts: list[Part], dialogue: TagDialogue, seed: int
-) -> RolloutTree:
-    segments = [
-        Segment(
-            parent=None,
-            role="prompt",
-            token_ids=dialogue.prompt_ids(task.messages),
-            text="\n".join(message.content for message in task.messages),
-        )
-    ]
-    call: ToolCall | None = None
-    answer: str | None = None
-    for role, text in parts:
-        parent = len(segments) - 1
-        if role == "model":
-            turn = dialogue.parse(text)
-            answer = turn.answer
-            if turn.tool is not None:
-                call = ToolCall(name=turn.tool, arguments=turn.arguments, status="ok")
-            ids = dialogue.model_ids(text)
-        else:
-            ids = dialogue.result_ids(text, MAX_RESULT_TOKENS).ids
-        segments.append(
-            Segment(
-                parent=parent,
-                role=role,
-                token_ids=ids,
-                finish_reason="stop" if role == "model" else None,
-                tool_call=call if role == "tool" else None,
-                text=text,
-            )
-        )
-    leaf = Leaf(
-        segment=len(segments) - 1,
-        reward=0.0,
-        reward_parts={},
-        origin="initial",
-        end="answer",
-        answer=answer,
-    )
-    return RolloutTree(task=task, segments=tuple(segments), leaves=(leaf,), seed=seed)
