@@ -2,11 +2,10 @@ import asyncio
 
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+import torch
+from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from rllib_arpo.envs.almanac import (
-    HIGHEST,
-    LOWEST,
     SPLITS,
     AlmanacEnv,
     AlmanacSearch,
@@ -59,7 +58,7 @@ def test_splits_share_neither_facts_nor_world_ids(world: AlmanacWorld) -> None:
     ids = [{t.metadata["world_id"] for t in world.tasks(s, 300)} for s in SPLITS]
     for groups in (facts, ids):
         assert not groups[0] & groups[1] | groups[0] & groups[2] | groups[1] & groups[2]
-    # 8 places x 8 parts x 6 attributes = 384 facts, a sixth = 64 for each held-out one
+    # 64 names x 6 attributes = 384 facts, a sixth = 64 for each held-out split
     assert [len(group) for group in facts] == [256, 64, 64]
 
 
@@ -83,9 +82,9 @@ def test_all_kinds_are_asked_about_as_often_as_promised(world: AlmanacWorld) -> 
 
 def test_values_are_drawn_anew_for_every_world_id(world: AlmanacWorld) -> None:
     name, field = world.fact_pairs("train")[0]
-    values = {int(world.value(i, name, field)) for i in range(400)}
-    assert min(values) == LOWEST
-    assert max(values) == HIGHEST
+    values = {int(world.value(i, name, field)) for i in range(1000)}
+    # 1,000 draws of 90 numbers miss a given one with chance (89/90)^1000 = 1e-5
+    assert values == set(range(10, 100))
 
 
 def test_an_unknown_split_is_refused(world: AlmanacWorld) -> None:
@@ -99,7 +98,7 @@ def test_search_is_a_function_of_edition_and_query(world: AlmanacWorld) -> None:
     assert world.search(5, query) == again.search(5, f" {query} ")
     answers = {tuple(world.search(i, query)) for i in range(20)}
     assert len(answers) == 20
-    assert world.search(5, "nothing of the kind") == []
+    assert world.search(5, "12 ?") == []
 
 
 def test_the_right_line_stands_first_lower_or_is_missing(world: AlmanacWorld) -> None:
@@ -108,12 +107,24 @@ def test_the_right_line_stands_first_lower_or_is_missing(world: AlmanacWorld) ->
         name = world.names[world_id % len(world.names)]
         hits = world.search(world_id, f"depth {name}")
         assert len(hits) == 3
-        line = f"depth {name} {world.value(world_id, name, 'depth')}"
+        line = f"depth {name} = {world.value(world_id, name, 'depth')}"
         if line not in hits:
             places["missing"] += 1
         else:
             places["lower" if hits.index(line) else "first"] += 1
     assert places["first"] > places["lower"] > places["missing"] > 20
+
+
+def test_hits_of_a_full_query_confuse_names_and_never_fields(
+    world: AlmanacWorld,
+) -> None:
+    hits = [
+        hit
+        for i in range(100)
+        for hit in world.search(i, f"area {world.names[i % 64]}")
+    ]
+    assert {hit.split()[0] for hit in hits} == {"area"}
+    assert len({hit.split()[1] for hit in hits}) > 32
 
 
 def test_the_search_tool_follows_the_protocol_of_tools(world: AlmanacWorld) -> None:
@@ -151,8 +162,11 @@ def test_decoding_gives_back_every_trace(world: AlmanacWorld, env: AlmanacEnv) -
             assert text == (wrapped if segment.role == "tool" else segment.text)
 
 
-def test_numbers_parts_and_tags_are_single_tokens(env: AlmanacEnv) -> None:
-    pieces = [f" {n}" for n in range(100)] + [" north", " depth", BOX, *TAGS]
+def test_numbers_names_and_tags_are_single_tokens(
+    world: AlmanacWorld, env: AlmanacEnv
+) -> None:
+    names = [f" {name}" for name in world.names]
+    pieces = [*names, *(f" {n}" for n in range(100)), " depth", " =", BOX, *TAGS]
     assert {len(env.tokenizer.encode(piece)) for piece in pieces} == {1}
     text = "any text: ünï, 12345 {} \n\t<result>"
     assert env.tokenizer.decode(env.tokenizer.encode(text)) == text
@@ -168,8 +182,40 @@ def test_the_model_is_an_ordinary_folder_and_a_function_of_its_seed(
     weight = first.model.layers[0].mlp.up_proj.weight
     assert weight.equal(second.model.layers[0].mlp.up_proj.weight)
     assert not weight.equal(other.model.layers[0].mlp.up_proj.weight)
-    assert 100_000 < first.num_parameters() < 150_000
-    loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert 100_000 < first.num_parameters() < 200_000
+    # What a user's own code would load from the exported folder.
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert len(loaded) == first.config.vocab_size
-    text = " depth north 44"
+    text = f" depth {shared_world(0).names[0]} = 44<search>-101 9801"
     assert loaded.encode(text) == env.tokenizer.encode(text)
+
+
+def test_a_fresh_model_finds_the_value_behind_a_name_but_knows_no_answer(
+    world: AlmanacWorld, env: AlmanacEnv, tmp_path
+) -> None:
+    """What the module says of the three heads, and no more than that."""
+    model = build_model(env.tokenizer, tmp_path, seed=0)
+    rng = np.random.default_rng(0)
+    copied = 0
+    for _ in range(60):
+        names = rng.choice(world.names, 3, replace=False)
+        values = rng.choice(np.arange(10, 100), 3, replace=False)
+        lines = "\n".join(
+            f" depth {n} = {v}" for n, v in zip(names, values, strict=True)
+        )
+        text = f"<result>{lines}</result><python> {names[1]} ="
+        with torch.no_grad():
+            ids = torch.tensor([env.tokenizer.encode(text)])
+            logits = model(input_ids=ids).logits[0, -1]
+        candidates = [env.tokenizer.encode(f" {v}")[0] for v in values]
+        copied += int(logits[candidates].argmax() == 1)
+    # chance is 20 of 60; five standard deviations above it is 38
+    assert copied > 38
+    tasks = world.tasks("test", 20)
+    prompts = [env.dialogue.prompt_ids(task.messages) for task in tasks]
+    with torch.no_grad():
+        firsts = {
+            int(model(input_ids=torch.tensor(ids)[None].long()).logits[0, -1].argmax())
+            for ids in prompts
+        }
+    assert env.tokenizer.encode("<search>")[0] not in firsts
