@@ -15,7 +15,6 @@ from typing import Any
 
 import ray
 import torch.distributed as dist
-from ray.exceptions import GetTimeoutError, RayError
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import (
     COMPONENT_LEARNER,
@@ -41,7 +40,7 @@ from rllib_arpo.config import ARPOConfig
 from rllib_arpo.data.datasets import TaskCursor
 from rllib_arpo.data.sources import resolve_tasks
 from rllib_arpo.engines.engine import SamplingParams
-from rllib_arpo.errors import ARPOError, DataError, EngineError, ToolOutageError
+from rllib_arpo.errors import DataError, EngineError, ToolOutageError
 from rllib_arpo.learner.training_data import TreeTrainingData
 from rllib_arpo.metrics import (
     DYNAMIC_SAMPLING_ROUNDS,
@@ -51,6 +50,7 @@ from rllib_arpo.metrics import (
     tree_metrics,
 )
 from rllib_arpo.rollouts.branching import TreeSettings, derive_seed
+from rllib_arpo.rollouts.env_runner_calls import call_env_runners, cause_of_death
 from rllib_arpo.tree import RolloutTree, Task
 
 # A share of a handful of calls says nothing about an outage.
@@ -198,7 +198,7 @@ class ARPO(Algorithm):
         stats: list[dict[str, Any]] = []
         num_requeued = 0
         while todo:
-            answers = _call_env_runners(
+            answers = call_env_runners(
                 group,
                 list(todo.items()),
                 local=group.num_remote_env_runners() == 0,
@@ -260,11 +260,17 @@ class ARPO(Algorithm):
             self.restore_env_runners(group)
             if group.num_healthy_remote_env_runners():
                 return
+            cause = cause_of_death(group)
+            if cause is not None:
+                raise EngineError(
+                    f"All EnvRunners are dead and cannot be restarted: {cause}. The "
+                    "last checkpoint is intact."
+                )
             if time.monotonic() > deadline:
                 raise EngineError(
                     "All EnvRunners are dead and none came back within "
-                    f"`env_runner_restore_timeout_s` ({limit:g} s): {_cause(group)}. "
-                    "The last checkpoint is intact."
+                    f"`env_runner_restore_timeout_s` ({limit:g} s). Their logs say "
+                    "why; the last checkpoint is intact."
                 )
             time.sleep(1.0)
 
@@ -367,55 +373,6 @@ def evaluate_on_env_runners(
     algorithm.log_trees(trees, key)
     num_turns = sum(len(tree) for tree in trees)
     return algorithm.metrics.peek(key, default={}), num_turns, num_turns
-
-
-def _call_env_runners(
-    group: EnvRunnerGroup,
-    jobs: Sequence[tuple[int, Task]],
-    *,
-    local: bool,
-    **kwargs: Any,
-) -> list[tuple[list[RolloutTree], dict[str, Any]]]:
-    """Spread (seed, task) pairs over the healthy runners; the dead do not answer."""
-    ids = [] if local else group.healthy_env_runner_ids()
-    parts = [jobs[i :: max(len(ids), 1)] for i in range(max(len(ids), 1))]
-    calls = [
-        {
-            "seeds": [seed for seed, _ in part],
-            "tasks": [task for _, task in part],
-            **kwargs,
-        }
-        for part in parts
-        if part
-    ]
-    if local:
-        runner: Any = group.local_env_runner
-        answers = [runner.sample_and_get_metrics(**calls[0])]
-    elif ids:
-        answers = group.foreach_env_runner(
-            "sample_and_get_metrics",
-            kwargs=calls,
-            remote_worker_ids=ids[: len(calls)],
-            local_env_runner=False,
-        )
-    else:
-        answers = []
-    for answer in answers:
-        if isinstance(answer, ARPOError):
-            raise answer
-    return answers
-
-
-def _cause(group: EnvRunnerGroup) -> str:
-    """Why an EnvRunner is dead, in one line, as far as Ray tells."""
-    for actor in group._worker_manager.actors().values():
-        try:
-            ray.get(actor.ping.remote(), timeout=1.0)
-        except GetTimeoutError:
-            continue
-        except RayError as error:
-            return str(error).strip().splitlines()[-1]
-    return "their logs say why"
 
 
 def _has_signal(tree: RolloutTree) -> bool:

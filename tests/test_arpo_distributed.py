@@ -267,9 +267,7 @@ def test_why_no_runner_comes_back_is_named(almanac_model, ray_session, tmp_path)
         arpo_config(almanac_model, grave=str(tmp_path / "grave"))
         .environment(env=DoomedEnv)
         .env_runners(num_env_runners=1)
-        .fault_tolerance(
-            delay_between_env_runner_restarts_s=0.1, env_runner_restore_timeout_s=1.0
-        )
+        .fault_tolerance(delay_between_env_runner_restarts_s=0.1)
     )
     with (
         running(config) as algorithm,
