@@ -11,21 +11,13 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, cast
 
 import typer
 
 from rllib_arpo.errors import ARPOError, ConfigError
-
-if TYPE_CHECKING:
-    from rllib_arpo.arpo import ARPO
-    from rllib_arpo.config import ARPOConfig
-    from rllib_arpo.progress import Console
-    from rllib_arpo.runs import Run
 
 PACKAGES = (
     "rllib_arpo",
@@ -38,10 +30,6 @@ PACKAGES = (
     "mlflow",
 )
 
-NOTHING_WRITTEN = (
-    "Warning: the model wrote no token, for every prompt fills its context. Take a "
-    "model with a longer one."
-)
 # Typer names only the leaves of its tree of errors.
 USAGE_ERROR = cast(type[Exception], typer.BadParameter.__base__)
 
@@ -73,6 +61,7 @@ def quickstart(
     num_learners: Learners = 0,
 ) -> None:
     """Train a small agent from nothing, and see it improve in a few minutes."""
+    from rllib_arpo.cli_runs import started_ray
     from rllib_arpo.progress import Console
     from rllib_arpo.quickstart import Settings
     from rllib_arpo.quickstart import quickstart as run_quickstart
@@ -83,7 +72,7 @@ def quickstart(
         num_env_runners=num_env_runners,
         num_learners=num_learners,
     )
-    with _ray():
+    with started_ray():
         run_quickstart(settings, Console())
 
 
@@ -125,11 +114,11 @@ def train(
 ) -> None:
     """Train by ARPO, from a config file, from flags, or on from a checkpoint."""
     from rllib_arpo.cli_config import config_of_file, config_of_flags
-    from rllib_arpo.runs import Run
+    from rllib_arpo.cli_runs import resume_run, start_run
 
     if resume is not None:
         _only(context, "--resume", "resume", "iterations")
-        _resume(resume, iterations)
+        resume_run(resume, iterations)
         return
     if config is not None:
         _only(context, str(config), "config", "model", "iterations", "out")
@@ -154,11 +143,7 @@ def train(
             num_learners=num_learners,
             seed=seed,
         )
-    built.validate()
-    run = Run(out)
-    run.write_config(built)
-    with _ray():
-        _train(_build(built), run, iterations)
+    start_run(built, out, iterations)
 
 
 @app.command()
@@ -184,9 +169,9 @@ def sft(
         no_tools,
         per_learner,
     )
+    from rllib_arpo.cli_runs import start_run
     from rllib_arpo.data.traces import load_traces
     from rllib_arpo.envs.tool_use_env import ToolUseEnv
-    from rllib_arpo.runs import Run
     from rllib_arpo.sft import SFTConfig
 
     names = tuple(name.strip() for name in tools.split(","))
@@ -209,11 +194,7 @@ def sft(
         .env_runners(num_env_runners=0)
         .debugging(seed=seed, log_level="ERROR")
     )
-    config.validate()
-    run = Run(out)
-    run.write_config(config)
-    with _ray():
-        _train(_build(config), run, iterations)
+    start_run(config, out, iterations)
 
 
 @app.command()
@@ -243,6 +224,7 @@ def evaluate(
         find_checkpoint,
         is_model_folder,
     )
+    from rllib_arpo.cli_runs import restore, started_ray
     from rllib_arpo.data.sources import resolve_tasks
     from rllib_arpo.evaluation import evaluate as evaluate_tasks
     from rllib_arpo.progress import Console
@@ -260,8 +242,8 @@ def evaluate(
         )
     else:
         path = find_checkpoint(checkpoint)
-    with _ray():
-        algorithm = _build(config) if config else _restore(path)
+    with started_ray():
+        algorithm = config.build_algo() if config else restore(path)
         try:
             tasks = tasks or algorithm.eval_tasks
             if not tasks:
@@ -290,10 +272,11 @@ def export(
 ) -> None:
     """Write a checkpoint's model as a Hugging Face folder."""
     from rllib_arpo.cli_config import find_checkpoint
+    from rllib_arpo.cli_runs import restore, started_ray
 
     path = find_checkpoint(checkpoint)
-    with _ray():
-        algorithm = _restore(path)
+    with started_ray():
+        algorithm = restore(path)
         try:
             algorithm.save_pretrained(folder)
         finally:
@@ -357,95 +340,6 @@ def _only(context: typer.Context, source: str, *allowed: str) -> None:
         if given is not None and given.name == "COMMANDLINE" and name not in allowed:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{flag} has no effect with {source}: leave it out")
-
-
-def _resume(folder: Path, iterations: int) -> None:
-    from rllib_arpo.cli_config import find_checkpoint
-    from rllib_arpo.runs import Run
-
-    checkpoint = find_checkpoint(folder)
-    run = Run(folder, resume=True)
-    with _ray():
-        algorithm = _restore(checkpoint)
-        if algorithm.iteration >= iterations:
-            done = algorithm.iteration
-            algorithm.stop()
-            raise ConfigError(
-                f"{folder} has reached iteration {done} already: give more than that "
-                f"with --iterations ({iterations})"
-            )
-        run.forget_after(algorithm.iteration)
-        _train(algorithm, run, iterations)
-
-
-def _build(config: "ARPOConfig") -> "ARPO":
-    return cast("ARPO", config.build_algo())
-
-
-def _restore(checkpoint: Path) -> "ARPO":
-    from rllib_arpo.arpo import ARPO
-
-    return cast("ARPO", ARPO.from_checkpoint(str(checkpoint)))
-
-
-def _train(algorithm: "ARPO", run: "Run", iterations: int) -> None:
-    from rllib_arpo.metrics import NUM_TOKENS_SAMPLED
-    from rllib_arpo.progress import Console
-    from rllib_arpo.runs import train as train_loop
-
-    console = Console()
-    stage = type(algorithm).__name__
-    records: list[dict[str, Any]] = []
-    try:
-        with console.progress(iterations, stage, done=algorithm.iteration) as advance:
-
-            def note(record: dict[str, Any]) -> None:
-                records.append(record)
-                advance(record)
-                if record.get(NUM_TOKENS_SAMPLED) == 0:
-                    console.say(NOTHING_WRITTEN)
-
-            train_loop(
-                algorithm,
-                run,
-                num_iterations=iterations,
-                stage=stage,
-                on_iteration=note,
-            )
-        run.save_checkpoint(algorithm)
-        algorithm.save_pretrained(run.model)
-    except KeyboardInterrupt:
-        console.say(
-            f"Stopped; iteration {algorithm.iteration} is saved. Go on with: "
-            f"rllib-arpo train --resume {run.folder} --iterations {iterations}"
-        )
-        raise typer.Exit(130) from None
-    finally:
-        algorithm.stop()
-    _finish(run, records, console)
-
-
-def _finish(run: "Run", records: list[dict[str, Any]], console: "Console") -> None:
-    console.times(records)
-    curves = run.plot()
-    console.say(f"Model: {run.model}. Checkpoint: {run.checkpoint}. Curves: {curves}.")
-
-
-@contextmanager
-def _ray() -> Iterator[None]:
-    """Ray for the time of a command: the cluster at RAY_ADDRESS, or a local one."""
-    import ray
-
-    local: dict[str, Any] = {"include_dashboard": False}
-    ray.init(
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        **({} if os.environ.get("RAY_ADDRESS") else local),
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _quiet() -> None:

@@ -1,0 +1,113 @@
+"""What the commands do with a run: start it, go on with it, train and finish it."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+import typer
+
+from rllib_arpo.arpo import ARPO
+from rllib_arpo.cli_config import find_checkpoint
+from rllib_arpo.config import ARPOConfig
+from rllib_arpo.errors import ConfigError
+from rllib_arpo.metrics import NUM_TOKENS_SAMPLED
+from rllib_arpo.progress import Console
+from rllib_arpo.runs import Record, Run, train
+
+NOTHING_WRITTEN = (
+    "Warning: the model wrote no token, for every prompt fills its context. Take a "
+    "model with a longer one."
+)
+
+
+@contextmanager
+def started_ray() -> Iterator[None]:
+    """Ray for the time of a command: the cluster at RAY_ADDRESS, or a local one."""
+    local: dict[str, Any] = {"include_dashboard": False}
+    ray.init(
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        **({} if os.environ.get("RAY_ADDRESS") else local),
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def start_run(config: ARPOConfig, folder: Path, iterations: int) -> None:
+    """Train from the start, into a new folder.
+
+    Raises:
+        ConfigError: the config cannot work, or the folder holds a run already.
+    """
+    config.validate()
+    run = Run(folder)
+    run.write_config(config)
+    with started_ray():
+        _train(config.build_algo(), run, iterations)
+
+
+def resume_run(folder: Path, iterations: int) -> None:
+    """Train on from a run's checkpoint, up to iteration `iterations`.
+
+    Raises:
+        ConfigError: there is no checkpoint, or it has come as far already.
+    """
+    checkpoint = find_checkpoint(folder)
+    run = Run(folder, resume=True)
+    with started_ray():
+        algorithm = restore(checkpoint)
+        if algorithm.iteration >= iterations:
+            done = algorithm.iteration
+            algorithm.stop()
+            raise ConfigError(
+                f"{folder} has reached iteration {done} already: give more than that "
+                f"with --iterations ({iterations})"
+            )
+        run.forget_after(algorithm.iteration)
+        _train(algorithm, run, iterations)
+
+
+def restore(checkpoint: Path) -> ARPO:
+    """The algorithm of a checkpoint, at the iteration where it was saved."""
+    return cast(ARPO, ARPO.from_checkpoint(str(checkpoint)))
+
+
+def _train(algorithm: ARPO, run: Run, iterations: int) -> None:
+    console = Console()
+    stage = type(algorithm).__name__
+    records: list[Record] = []
+    try:
+        with console.progress(iterations, stage, done=algorithm.iteration) as advance:
+
+            def note(record: Record) -> None:
+                records.append(record)
+                advance(record)
+                if record.get(NUM_TOKENS_SAMPLED) == 0:
+                    console.say(NOTHING_WRITTEN)
+
+            train(
+                algorithm,
+                run,
+                num_iterations=iterations,
+                stage=stage,
+                on_iteration=note,
+            )
+        run.save_checkpoint(algorithm)
+        algorithm.save_pretrained(run.model)
+    except KeyboardInterrupt:
+        console.say(
+            f"Stopped; iteration {algorithm.iteration} is saved. Go on with: "
+            f"rllib-arpo train --resume {run.folder} --iterations {iterations}"
+        )
+        raise typer.Exit(130) from None
+    finally:
+        algorithm.stop()
+    console.times(records)
+    curves = run.plot()
+    console.say(f"Model: {run.model}. Checkpoint: {run.checkpoint}. Curves: {curves}.")
