@@ -2,22 +2,10 @@ from collections.abc import Iterator
 
 import pytest
 import ray
-from transformers import PreTrainedTokenizerFast
 
 from rllib_arpo.envs.almanac import AlmanacWorld
 from rllib_arpo.envs.almanac_model import build_model, build_tokenizer
 from tests.tiny_runs import ColdStart, learned, running, sft_config
-from tests.tokenizers import llama_like, qwen_like
-
-
-@pytest.fixture(scope="session")
-def qwen_tokenizer() -> PreTrainedTokenizerFast:
-    return qwen_like()
-
-
-@pytest.fixture(scope="session")
-def llama_tokenizer() -> PreTrainedTokenizerFast:
-    return llama_like()
 
 
 @pytest.fixture(scope="session")

@@ -181,11 +181,6 @@ class TagDialogue:
         """The closing tags of the tools and of the answer."""
         return self._stop
 
-    @property
-    def end_token_ids(self) -> frozenset[int]:
-        """Tokens with which a model ends its text."""
-        return frozenset(self._ends)
-
     def prompt_ids(self, messages: Sequence[Message]) -> NDArray[np.int32]:
         """[T] int32, read-only and cached, for the prompt is encoded per path."""
         key = tuple(messages)
