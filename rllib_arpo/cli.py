@@ -72,7 +72,7 @@ def quickstart(
         num_env_runners=num_env_runners,
         num_learners=num_learners,
     )
-    with started_ray():
+    with started_ray(num_env_runners + num_learners):
         run_quickstart(settings, Console())
 
 
@@ -224,7 +224,7 @@ def evaluate(
         find_checkpoint,
         is_model_folder,
     )
-    from rllib_arpo.cli_runs import restore, started_ray
+    from rllib_arpo.cli_runs import num_actors_of, restore, started_ray
     from rllib_arpo.data.sources import resolve_tasks
     from rllib_arpo.evaluation import evaluate as evaluate_tasks
     from rllib_arpo.progress import Console
@@ -242,7 +242,7 @@ def evaluate(
         )
     else:
         path = find_checkpoint(checkpoint)
-    with started_ray():
+    with started_ray(num_env_runners if config else num_actors_of(path)):
         algorithm = config.build_algo() if config else restore(path)
         try:
             tasks = tasks or algorithm.eval_tasks
@@ -272,10 +272,10 @@ def export(
 ) -> None:
     """Write a checkpoint's model as a Hugging Face folder."""
     from rllib_arpo.cli_config import find_checkpoint
-    from rllib_arpo.cli_runs import restore, started_ray
+    from rllib_arpo.cli_runs import num_actors_of, restore, started_ray
 
     path = find_checkpoint(checkpoint)
-    with started_ray():
+    with started_ray(num_actors_of(path)):
         algorithm = restore(path)
         try:
             algorithm.save_pretrained(folder)

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Iterator
+import pickle
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -25,9 +26,17 @@ NOTHING_WRITTEN = (
 
 
 @contextmanager
-def started_ray() -> Iterator[None]:
-    """Ray for the time of a command: the cluster at RAY_ADDRESS, or a local one."""
-    local: dict[str, Any] = {"include_dashboard": False}
+def started_ray(num_actors: int = 0) -> Iterator[None]:
+    """Ray for the time of a command: the cluster at RAY_ADDRESS, or a local one.
+
+    Args:
+        num_actors: a local Ray has a (logical) CPU for each, or they would wait for
+            ever on a machine with fewer cores.
+    """
+    local: dict[str, Any] = {
+        "include_dashboard": False,
+        "num_cpus": max(os.cpu_count() or 1, num_actors),
+    }
     ray.init(
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -39,6 +48,22 @@ def started_ray() -> Iterator[None]:
         ray.shutdown()
 
 
+def num_actors(settings: Mapping[str, Any]) -> int:
+    """Actors that an algorithm with these settings starts."""
+    return (
+        settings["num_env_runners"]
+        + settings["num_learners"]
+        + settings["evaluation_num_env_runners"]
+    )
+
+
+def num_actors_of(checkpoint: Path) -> int:
+    """Actors that the algorithm of a checkpoint starts."""
+    with (checkpoint / "class_and_ctor_args.pkl").open("rb") as file:
+        (settings,), _ = pickle.load(file)["ctor_args_and_kwargs"]
+    return num_actors(settings)
+
+
 def start_run(config: ARPOConfig, folder: Path, iterations: int) -> None:
     """Train from the start, into a new folder.
 
@@ -48,7 +73,7 @@ def start_run(config: ARPOConfig, folder: Path, iterations: int) -> None:
     config.validate()
     run = Run(folder)
     run.write_config(config)
-    with started_ray():
+    with started_ray(num_actors(vars(config))):
         _train(config.build_algo(), run, iterations)
 
 
@@ -60,7 +85,7 @@ def resume_run(folder: Path, iterations: int) -> None:
     """
     checkpoint = find_checkpoint(folder)
     run = Run(folder, resume=True)
-    with started_ray():
+    with started_ray(num_actors_of(checkpoint)):
         algorithm = restore(checkpoint)
         if algorithm.iteration >= iterations:
             done = algorithm.iteration

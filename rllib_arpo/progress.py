@@ -29,16 +29,15 @@ from rllib_arpo.metrics import (
 )
 from rllib_arpo.tree import RolloutTree, path
 
-# Key of the record, label, format: the live line of an iteration.
+# Key of the record, heading, format: the columns of the live line of an iteration.
 LIVE = (
     (REWARD_MEAN, "reward", "{:+.2f}"),
     (ACCURACY, "accuracy", "{:.2f}"),
-    ("policy_loss", "loss", "{:+.3f}"),
     ("negative_log_likelihood", "nll", "{:.3f}"),
     (TOOL_CALLS_PER_TRAJECTORY, "tool calls", "{:.2f}"),
     (BRANCHES_PER_TREE, "branches", "{:.1f}"),
-    (ENTROPY_AFTER_TOOL, "entropy after tools", "{:.2f}"),
-    (ENTROPY_ELSEWHERE, "elsewhere", "{:.2f}"),
+    (ENTROPY_AFTER_TOOL, "H after tools", "{:.3f}"),
+    (ENTROPY_ELSEWHERE, "H elsewhere", "{:.3f}"),
     ("tokens_per_s", "tokens/s", "{:,.0f}"),
 )
 TIMES = ("generate", "tools", "learn", "sync")
@@ -62,8 +61,34 @@ class Console:
     def progress(
         self, total: int, name: str, *, done: int = 0
     ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-        """A bar with time left; call it with each iteration's record."""
-        with Progress(
+        """A bar with time left; call it with each iteration's record.
+
+        A line of figures is printed for each, under a line of headings. H is the mean
+        entropy of a token in nats.
+        """
+        with self._bar() as bar:
+            task = bar.add_task(name, total=total, completed=done)
+            headings = ""
+
+            def advance(record: Mapping[str, Any]) -> None:
+                nonlocal headings
+                if headings != live_headings(record):
+                    headings = live_headings(record)
+                    bar.console.print(headings, style="dim")
+                bar.console.print(live_line(record))
+                bar.advance(task)
+
+            yield advance
+
+    @contextmanager
+    def count(self, total: int, name: str) -> Iterator[Callable[[int], None]]:
+        """A bar with time left; call it with how many more are done."""
+        with self._bar() as bar:
+            task = bar.add_task(name, total=total)
+            yield lambda more: bar.advance(task, more)
+
+    def _bar(self) -> Progress:
+        return Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -71,14 +96,7 @@ class Console:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.rich,
-        ) as bar:
-            task = bar.add_task(name, total=total, completed=done)
-
-            def advance(record: Mapping[str, Any]) -> None:
-                bar.console.print(escape(live_line(record)))
-                bar.advance(task)
-
-            yield advance
+        )
 
     def before_and_after(
         self,
@@ -160,11 +178,17 @@ class Console:
         self.rich.print(table)
 
 
+def live_headings(record: Mapping[str, Any]) -> str:
+    """What stands over the figures of `live_line`."""
+    names = [heading for key, heading, _ in LIVE if key in record]
+    return "  ".join(["iteration", *(name.rjust(6) for name in names)])
+
+
 def live_line(record: Mapping[str, Any]) -> str:
     """One line about an iteration: what was measured of it, in a fixed order."""
-    parts = [
-        f"{label} {form.format(record[key])}"
-        for key, label, form in LIVE
+    figures = [
+        form.format(record[key]).rjust(max(len(heading), 6))
+        for key, heading, form in LIVE
         if key in record
     ]
-    return f"{record['iteration']:>4}  " + "  ".join(parts)
+    return "  ".join([f"{record['iteration']:>9}", *figures])

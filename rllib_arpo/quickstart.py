@@ -64,7 +64,7 @@ class Settings:
     num_env_runners: int = 0
     num_learners: int = 0
     sft_iterations: int = 24
-    rl_iterations: int = 40
+    rl_iterations: int = 55
     num_test_tasks: int = 512
 
 
@@ -256,7 +256,8 @@ def _evaluate(
 ) -> tuple[Evaluations, Sequence[RolloutTree]]:
     """Held-out questions at temperature 1 and greedily; three examples."""
     tasks = algorithm.eval_tasks
-    console.stage(f"Evaluate on {len(tasks)} held-out questions")
-    sampled = evaluate(algorithm, tasks, temperature=1.0)
-    greedy = evaluate(algorithm, tasks, temperature=0.0)
+    console.stage(f"Evaluate on {len(tasks)} held-out questions, sampled and greedy")
+    with console.count(2 * len(tasks), "answers") as advance:
+        sampled = evaluate(algorithm, tasks, temperature=1.0, on_progress=advance)
+        greedy = evaluate(algorithm, tasks, temperature=0.0, on_progress=advance)
     return {"sampled": sampled.metrics, "greedy": greedy.metrics}, sampled.trees[:3]

@@ -15,6 +15,7 @@ and nothing about the questions, the tools or the answers is put in.
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -61,7 +62,7 @@ def build_tokenizer(world: AlmanacWorld, folder: str | Path) -> Qwen2Tokenizer:
     trained = json.loads(backend.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=trained["vocab"],
-        merges=[tuple(pair) for pair in trained["merges"]],
+        merges=cast(Any, [tuple(pair) for pair in trained["merges"]]),
         unk_token=EOS,
         eos_token=EOS,
         pad_token=PAD,
@@ -74,7 +75,8 @@ def build_tokenizer(world: AlmanacWorld, folder: str | Path) -> Qwen2Tokenizer:
         *(str(number) for number in range(10)),
     ]
     whole = (*TAGS, BOX, *numbers)
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in whole])
+    added: Any = [AddedToken(text, normalized=False) for text in whole]
+    tokenizer.add_tokens(added)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -87,6 +89,7 @@ def build_model(
     Embeddings are drawn wider than the rest, so that a token outweighs the noise of
     the heads that have not learned anything.
     """
+    sizes: dict[str, Any] = {"head_dim": HEAD_DIM}  # wider than hidden / heads
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN_SIZE,
@@ -94,19 +97,19 @@ def build_model(
         num_hidden_layers=2,
         num_attention_heads=NUM_HEADS,
         num_key_value_heads=NUM_HEADS,
-        head_dim=HEAD_DIM,
+        **sizes,
         max_position_embeddings=MAX_POSITIONS,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         initializer_range=0.02,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.convert_tokens_to_ids(EOS),
+        pad_token_id=cast(int, tokenizer.convert_tokens_to_ids(PAD)),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config)
-        torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
+        torch.nn.init.normal_(model.model.embed_tokens.weight, std=EMBEDDING_STD)
         _start_copying_heads(model)
     model.save_pretrained(folder)
     return model
@@ -122,7 +125,9 @@ def _start_copying_heads(model: Qwen2ForCausalLM) -> None:
     2. layer 0, head 1 writes what stood two tokens back: at 44, vifel;
     3. layer 1, head 0 looks from the first to the second, and copies 44.
     """
-    first, second = (layer.self_attn for layer in model.model.layers)
+    first, second = (
+        cast(Qwen2Attention, layer.self_attn) for layer in model.model.layers
+    )
     still = _still_dims()
     # Two directions of the residual stream that do not overlap, one for each head.
     frame = torch.linalg.qr(torch.randn(HIDDEN_SIZE, HIDDEN_SIZE)).Q

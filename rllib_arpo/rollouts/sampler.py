@@ -274,7 +274,8 @@ class _Grower:
         )
         path.reward += reward
         tool_key: SegmentKey = (path.key, path.turn, 1)
-        if len(observation):
+        # A call whose result did not fit is a segment without tokens: it was made.
+        if len(observation) or turn.tool_call is not None:
             self.segments[tool_key] = _Grown(
                 Segment(
                     parent=None,

@@ -10,9 +10,18 @@ from hypothesis import strategies as st
 from rllib_arpo.engines.engine import SamplingParams
 from rllib_arpo.engines.scripted_engine import ScriptedEngine, ScriptedReply
 from rllib_arpo.errors import EngineError
+from rllib_arpo.metrics import tree_metrics
 from rllib_arpo.rollouts.branching import BRANCH_RULES, TreeSettings
 from rllib_arpo.rollouts.sampler import grow_tree
-from rllib_arpo.tree import Message, RolloutTree, Task, path, path_token_ids
+from rllib_arpo.tree import (
+    Message,
+    RolloutTree,
+    Task,
+    ToolCall,
+    Turn,
+    path,
+    path_token_ids,
+)
 from tests.rollouts.toy import (
     ANSWER,
     CALL,
@@ -275,3 +284,24 @@ def test_a_rule_of_the_user_sees_the_point_and_decides():
     assert {p.num_tool_calls for p in seen} >= {1, 2}
     wanted = [s.branch.wanted for s in tree.segments if s.branch is not None]
     assert sum(wanted) == sum(p.num_tool_calls == 2 for p in seen)
+
+
+def test_a_call_whose_result_did_not_fit_still_stands_in_the_tree():
+    class NoRoom(ToyEnv):
+        """The result would leave the model no token, so the episode ends without."""
+
+        def fork(self):
+            return NoRoom(self.ledger, max_tokens=self.max_tokens)
+
+        async def step_async(self, action):
+            call = ToolCall(name="tool", arguments="", status="unavailable")
+            turn = Turn(text="turn", tool_call=call, tool_result="too long")
+            return np.zeros(0, np.int32), 0.0, False, True, {"turn": turn}
+
+    shape = TreeSettings(group_size=1, num_initial_rollouts=1)
+    tree = grow(ScriptedEngine([turn(20, CALL)]), NoRoom(), shape)
+    assert [segment.role for segment in tree.segments] == ["prompt", "model", "tool"]
+    assert tree.segments[2].tool_call.status == "unavailable"
+    assert path_token_ids(tree, tree.leaves[0]).tolist() == [*PROMPT, 20, CALL]
+    metrics = tree_metrics([tree], entropy_probe_tokens=8)
+    assert (metrics["num_tool_calls"], metrics["tool_failure_share"]) == (1.0, 1.0)
