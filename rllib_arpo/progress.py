@@ -34,10 +34,10 @@ LIVE = (
     (REWARD_MEAN, "reward", "{:+.2f}"),
     (ACCURACY, "accuracy", "{:.2f}"),
     ("negative_log_likelihood", "nll", "{:.3f}"),
-    (TOOL_CALLS_PER_TRAJECTORY, "tool calls", "{:.2f}"),
+    (TOOL_CALLS_PER_TRAJECTORY, "calls", "{:.2f}"),
     (BRANCHES_PER_TREE, "branches", "{:.1f}"),
-    (ENTROPY_AFTER_TOOL, "H after tools", "{:.3f}"),
-    (ENTROPY_ELSEWHERE, "H elsewhere", "{:.3f}"),
+    (ENTROPY_AFTER_TOOL, "H after tool", "{:.3f}"),
+    (ENTROPY_ELSEWHERE, "H else", "{:.3f}"),
     ("tokens_per_s", "tokens/s", "{:,.0f}"),
 )
 TIMES = ("generate", "tools", "learn", "sync")
@@ -63,8 +63,9 @@ class Console:
     ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         """A bar with time left; call it with each iteration's record.
 
-        A line of figures is printed for each, under a line of headings. H is the mean
-        entropy of a token in nats.
+        A line of figures is printed for each, under a line of headings: tool calls per
+        trajectory, branches per tree, and the mean entropy H of a token, in nats,
+        right after a tool result and elsewhere.
         """
         with self._bar() as bar:
             task = bar.add_task(name, total=total, completed=done)
@@ -181,7 +182,7 @@ class Console:
 def live_headings(record: Mapping[str, Any]) -> str:
     """What stands over the figures of `live_line`."""
     names = [heading for key, heading, _ in LIVE if key in record]
-    return "  ".join(["iteration", *(name.rjust(6) for name in names)])
+    return "  ".join(["iter", *(name.rjust(6) for name in names)])
 
 
 def live_line(record: Mapping[str, Any]) -> str:
@@ -191,4 +192,4 @@ def live_line(record: Mapping[str, Any]) -> str:
         for key, heading, form in LIVE
         if key in record
     ]
-    return "  ".join([f"{record['iteration']:>9}", *figures])
+    return "  ".join([f"{record['iteration']:>4}", *figures])

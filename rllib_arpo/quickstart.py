@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from rllib_arpo.arpo import ARPO
 from rllib_arpo.config import ARPOConfig
 from rllib_arpo.envs.almanac import AlmanacEnv, AlmanacWorld, Split
@@ -166,6 +168,8 @@ def quickstart(settings: Settings, console: Console) -> dict[str, Any]:
         shutil.rmtree(settings.folder / name, ignore_errors=True)
     (settings.folder / METRICS_FILE).unlink(missing_ok=True)
     run = Run(settings.folder)
+    # On matrices this small a second thread costs more than it computes.
+    torch.set_num_threads(1)
     start = time.monotonic()
     with PeakMemory() as memory:
         base = str(run.folder / "base")
