@@ -1,11 +1,11 @@
 """What stands in `env_config`: the defaults, and how each value is read and checked."""
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from rllib_arpo.envs.dialogue import Dialogue, TagDialogue
 from rllib_arpo.errors import ConfigError
+from rllib_arpo.imports import import_object
 from rllib_arpo.rewards.reward import RewardFn, paper_reward
 from rllib_arpo.tools.tool import Tool
 from rllib_arpo.tree import Task
@@ -110,12 +110,4 @@ def load_reward_fn(reward_fn: Any) -> RewardFn:
     """The reward function, imported when a path is given."""
     if callable(reward_fn):
         return cast(RewardFn, reward_fn)
-    module, _, name = str(reward_fn).partition(":")
-    try:
-        loaded = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"`reward_fn` ({reward_fn!r}) must be a function or 'module:function': "
-            f"{error}"
-        ) from error
-    return cast(RewardFn, loaded)
+    return cast(RewardFn, import_object(str(reward_fn), setting="reward_fn"))
