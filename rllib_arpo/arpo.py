@@ -9,17 +9,15 @@ ARPO: arXiv:2507.19849. With `branch_rule="never"` this is GRPO (arXiv:2402.0330
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch.distributed as dist
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.core import (
-    COMPONENT_LEARNER,
-    COMPONENT_RL_MODULE,
-)
+from ray.rllib.core import COMPONENT_RL_MODULE
 from ray.rllib.core.learner.learner_group import LearnerGroup
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.utils.annotations import override
@@ -32,7 +30,6 @@ from ray.rllib.utils.metrics import (
     NUM_ENV_STEPS_SAMPLED_LIFETIME,
     SYNCH_WORKER_WEIGHTS_TIMER,
     TIMERS,
-    WEIGHTS_SEQ_NO,
 )
 from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
@@ -97,10 +94,27 @@ class ARPO(Algorithm):
         """Sample, update, sync."""
         with self._timed(ENV_RUNNER_SAMPLING_TIMER):
             trees = self._sample()
-        with self._timed(LEARNER_UPDATE_TIMER):
+        with self._timed(LEARNER_UPDATE_TIMER), self._engines_asleep():
             self._update(trees)
         with self._timed(SYNCH_WORKER_WEIGHTS_TIMER):
             self.sync_weights()
+
+    @contextmanager
+    def _engines_asleep(self) -> Iterator[None]:
+        """With `colocate`, engines give their memory to the learners meanwhile."""
+        if self.config.colocate:
+            self._call_engines("sleep_engine")
+        yield
+        if self.config.colocate:
+            self._call_engines("wake_engine")
+
+    def _call_engines(self, method: str, **kwargs: Any) -> list[Any]:
+        group = self.env_runner_group
+        if group.num_remote_env_runners():
+            return group.foreach_env_runner(
+                method, kwargs=kwargs, local_env_runner=False
+            )
+        return [getattr(group.local_env_runner, method)(**kwargs)]
 
     def _timed(self, name: str) -> Any:
         # RLlib's default is a moving average, which no other number here is.
@@ -275,22 +289,29 @@ class ARPO(Algorithm):
             time.sleep(1.0)
 
     def sync_weights(self) -> None:
-        """Give the learners' weights to the training EnvRunners, and wait for it."""
-        state = self.learner_group.get_state(
-            components=f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}",
-            inference_only=True,
-        )[COMPONENT_LEARNER]
-        state = {key: state[key] for key in (COMPONENT_RL_MODULE, WEIGHTS_SEQ_NO)}
-        group = self.env_runner_group
-        if group.num_remote_env_runners():
-            group.foreach_env_runner(
-                "set_state",
-                kwargs={"state": ray.put(state)},
-                local_env_runner=False,
-            )
-        else:
-            local: Any = group.local_env_runner
-            local.set_state(state)
+        """Give the learners' weights to the training EnvRunners, and wait for it.
+
+        The first learner puts them into the object store, where runners read them;
+        they do not pass through this process.
+
+        Raises:
+            WeightSyncError: an engine does not run the learner's weights.
+        """
+        remote = self.env_runner_group.num_remote_env_runners() > 0
+
+        def publish(learner: Any, *_: Any) -> dict[str, Any]:
+            state = learner.engine_state()
+            if remote:
+                state[COMPONENT_RL_MODULE] = ray.put(state[COMPONENT_RL_MODULE])
+            return state
+
+        learners = self.learner_group
+        first = None if learners.is_local else [0]
+        answers = learners.foreach_learner(publish, remote_actor_ids=first)
+        state = answers.result_or_errors[0].get()
+        for error in self._call_engines("take_weights", state=state):
+            if error is not None:
+                raise error
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the trained model as a Hugging Face folder, tokenizer included.

@@ -15,9 +15,12 @@ the driver holds no model; and evaluation runs on the training EnvRunners unless
 `evaluation_num_env_runners` asks for others.
 """
 
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
+import ray
 from ray.rllib.algorithms.algorithm_config import (
     DEPRECATED_VALUE,
     AlgorithmConfig,
@@ -28,7 +31,7 @@ from ray.rllib.utils.annotations import override
 
 from rllib_arpo.config_checks import faults
 from rllib_arpo.data.sources import TaskSource
-from rllib_arpo.engines.engine import SamplingParams
+from rllib_arpo.engines.engine import Engine, SamplingParams
 from rllib_arpo.envs.tool_use_env import ToolUseEnv
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.imports import import_object
@@ -69,6 +72,9 @@ class ARPOConfig(AlgorithmConfig):
         # engine()
         self.engine_name = "torch"
         self.engine_kwargs: dict[str, Any] = {}
+        self.engine_log_dir: str | None = None
+        self.weight_transfer = "object_store"
+        self.colocate = False
         self.temperature = 1.0
         self.top_p = 1.0
         self.top_k = 0
@@ -189,6 +195,9 @@ class ARPOConfig(AlgorithmConfig):
         engine: str = NOT_PROVIDED,
         *,
         engine_kwargs: Mapping[str, Any] = NOT_PROVIDED,
+        weight_transfer: str = NOT_PROVIDED,
+        colocate: bool = NOT_PROVIDED,
+        log_dir: str | None = NOT_PROVIDED,
         temperature: float = NOT_PROVIDED,
         top_p: float = NOT_PROVIDED,
         top_k: int = NOT_PROVIDED,
@@ -196,8 +205,15 @@ class ARPOConfig(AlgorithmConfig):
         """Set what generates tokens in the EnvRunners, and how it samples.
 
         Args:
-            engine: "torch", in-process and exact.
-            engine_kwargs: keyword arguments of the engine's class.
+            engine: "torch", in-process and exact, or "vllm".
+            engine_kwargs: keyword arguments of the engine's class: `TorchEngine`, or
+                `VLLMEngine.start` and with it vLLM's own engine arguments.
+            weight_transfer: how weights reach vLLM: through Ray's "object_store", or
+                from GPU to GPU by vLLM's "nccl" (each its own) or "ipc" (shared).
+            colocate: engines and learners share GPUs: an engine gives its memory
+                back while the learners step.
+            log_dir: folder on the runner's machine for vLLM's logs; None takes that
+                of the Ray session.
             temperature: logits are divided by it, here and in the learner.
             top_p: nucleus; 1 keeps all tokens.
             top_k: keep the k most likely tokens; 0 keeps all.
@@ -207,6 +223,9 @@ class ARPOConfig(AlgorithmConfig):
             engine_kwargs=engine_kwargs
             if engine_kwargs is NotProvided
             else dict(engine_kwargs),
+            weight_transfer=weight_transfer,
+            colocate=colocate,
+            engine_log_dir=log_dir,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
@@ -453,19 +472,39 @@ class ARPOConfig(AlgorithmConfig):
             temperature=self.temperature, top_p=self.top_p, top_k=self.top_k
         )
 
-    def make_engine(self) -> Any:
-        """Build the engine named by `.engine(...)` for this process.
+    async def make_engine(self, worker_index: int = 0) -> Engine:
+        """Start the engine named by `.engine(...)` for this process.
+
+        Args:
+            worker_index: of the EnvRunner; it names the log file.
 
         Raises:
             ConfigError: the model folder or an engine setting is wrong.
+            EngineError: the engine does not start.
         """
-        from rllib_arpo.engines.torch_engine import TorchEngine
+        model = str(self.model_config["model"])
+        dtype = self.model_config.get("dtype") or "float32"
+        if self.engine_name == "torch":
+            from rllib_arpo.engines.torch_engine import TorchEngine
 
-        return TorchEngine.from_pretrained(
-            self.model_config["model"],
-            dtype=self.model_config.get("dtype", "float32"),
-            deterministic=self.deterministic,
-            **self.engine_kwargs,
+            return TorchEngine.from_pretrained(
+                model,
+                dtype=dtype,
+                deterministic=self.deterministic,
+                **self.engine_kwargs,
+            )
+        from rllib_arpo.engines.vllm_engine import VLLMEngine
+
+        folder = Path(self.engine_log_dir or session_log_folder())
+        gpus = int(self.num_gpus_per_env_runner) if self.num_env_runners else 0
+        settings = {"tensor_parallel_size": max(gpus, 1), **self.engine_kwargs}
+        return await VLLMEngine.start(
+            model,
+            dtype=dtype,
+            weight_transfer=self.weight_transfer,
+            colocate=self.colocate,
+            log_file=folder / f"vllm_{worker_index}.log",
+            **settings,
         )
 
     def _set(self, **values: Any) -> Self:
@@ -473,3 +512,10 @@ class ARPOConfig(AlgorithmConfig):
             if value is not NotProvided:
                 setattr(self, name, value)
         return self
+
+
+def session_log_folder() -> str:
+    """Where Ray and its tools look for logs; without Ray a new folder."""
+    if ray.is_initialized():
+        return ray._private.worker._global_node.get_logs_dir_path()
+    return tempfile.mkdtemp(prefix="rllib_arpo_")

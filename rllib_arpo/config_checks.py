@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from rllib_arpo.config import ARPOConfig
 
 CHOICES = {
-    "engine_name": ("torch",),
+    "engine_name": ("torch", "vllm"),
+    "weight_transfer": ("object_store", "nccl", "ipc"),
     "old_logprobs": ("rollout", "recompute"),
     "loss_aggregation": ("token_mean", "sequence_mean"),
     "advantage_attribution": ("soft", "hard"),
@@ -45,11 +46,48 @@ def faults(config: "ARPOConfig") -> Iterator[str]:
             'No model: set `.rl_module(model_config={"model": ...})` to a '
             "Hugging Face folder or hub name."
         )
+    yield from _engine_faults(config)
     if not config.in_evaluation:
         yield from _batch_faults(config)
         yield from _loss_faults(config)
         yield from _sampling_faults(config)
         yield from _evaluation_faults(config)
+
+
+def _engine_faults(config: "ARPOConfig") -> Iterator[str]:
+    if config.engine_name == "torch":
+        if config.weight_transfer != "object_store":
+            yield (
+                f"`weight_transfer` ({config.weight_transfer!r}) is vLLM's: the torch "
+                "engine takes weights from the 'object_store'."
+            )
+        return
+    if config.deterministic:
+        yield (
+            '`deterministic` (True) is a mode of `engine` "torch": vLLM\'s batches '
+            "depend on timing. Set one of them otherwise."
+        )
+    gpus = config.num_gpus_per_env_runner
+    size = config.engine_kwargs.get("tensor_parallel_size", max(int(gpus), 1))
+    share = config.engine_kwargs.get("gpu_memory_utilization")
+    if gpus > 1 and gpus != size:
+        yield (
+            f"`num_gpus_per_env_runner` ({gpus}) must be a whole number and equal "
+            f"`tensor_parallel_size` ({size}): vLLM spreads the model over all GPUs "
+            "of its EnvRunner."
+        )
+    elif 0 < gpus < 1 and size > 1:
+        yield (
+            f"`num_gpus_per_env_runner` ({gpus}) is a part of one GPU, but "
+            f"`tensor_parallel_size` ({size}) asks for several."
+        )
+    elif 0 < gpus < 1 and not config.colocate and (share is None or share > gpus):
+        yield (
+            f"`num_gpus_per_env_runner` ({gpus}) shares a GPU, of which vLLM takes "
+            f"`gpu_memory_utilization` ({share or 'its default, about 0.9'}). Set "
+            f'`engine_kwargs={{"gpu_memory_utilization": ...}}` to at most {gpus}, '
+            "or `colocate=True` to take turns with a learner."
+        )
 
 
 def _batch_faults(config: "ARPOConfig") -> Iterator[str]:

@@ -36,7 +36,14 @@ DYNAMIC_SAMPLING_ROUNDS = "dynamic_sampling_rounds"
 # Of the engines: sums over an iteration and its EnvRunners, but for the levels,
 # which are means over the EnvRunners.
 ENGINE_METRICS = "engine"
-ENGINE_LEVELS = ("num_running", "num_waiting", "prefix_cache_tokens")
+ENGINE_LEVELS = (
+    "num_running",
+    "num_waiting",
+    "prefix_cache_tokens",
+    "entropy_approximated_by_top_k",
+)
+PREFIX_CACHE_HIT_RATE = "prefix_cache_hit_rate"
+WEIGHT_PROBE_ERROR = "weight_probe_error"
 ENGINE_STEP_TIME_S = "step_time_s"
 ENGINE_SAMPLE_TIME_S = "sample_time_s"
 

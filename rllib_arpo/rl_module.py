@@ -31,6 +31,7 @@ from transformers import (
 from transformers.utils import logging
 
 from rllib_arpo.arrays import to_numpy, to_tensor
+from rllib_arpo.engines.weights import WeightProbe, probe_token_ids
 from rllib_arpo.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -182,6 +183,23 @@ class CausalLMRLModule(TorchRLModule):
         """
         dtype = self.compute_dtype if inference_only else None
         return {name: to_numpy(t, dtype) for name, t in self._tensors().items()}
+
+    @torch.no_grad()
+    def weight_probe(self) -> WeightProbe:
+        """A fixed text and its score under the weights of now, for the engines."""
+        vocab_size = self.model.config.get_text_config().vocab_size
+        token_ids = probe_token_ids(vocab_size)
+        ids = torch.from_numpy(token_ids.astype(np.int64))[None]
+        ids = ids.to(next(self.model.parameters()).device)
+        scored = torch.ones_like(ids, dtype=torch.bool)
+        scored[:, 0] = False
+        batch = {
+            "token_ids": ids,
+            "position_ids": torch.arange(ids.shape[1], device=ids.device)[None],
+            "loss_mask": scored,
+        }
+        logprobs = self._score(self.model, batch, "none")["logprobs"][0, 1:]
+        return WeightProbe(token_ids=token_ids, logprobs=logprobs.cpu().numpy())
 
     @override(TorchRLModule)
     def set_state(self, state: Mapping[str, Any]) -> None:

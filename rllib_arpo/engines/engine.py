@@ -45,7 +45,7 @@ class GenerationRequest:
         max_tokens: most tokens to generate, at least 1.
         seed: all randomness of this request; same seed and prompt, same tokens.
         sampling: how to sample.
-        stream_interval: a chunk is yielded after every so many tokens and at the
+        stream_interval: a chunk is yielded after at least so many tokens, and at the
             end.
     """
 
@@ -98,7 +98,24 @@ class Engine(Protocol):
         """
         ...
 
-    def update_weights(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
+    async def score(self, token_ids: np.ndarray) -> np.ndarray:
+        """Log-probabilities of given tokens under the weights in use.
+
+        Args:
+            token_ids: [T] int32.
+
+        Returns:
+            [T-1] float32, of each token but the first given those before it, at
+            temperature 1.
+
+        Raises:
+            EngineError: the engine cannot compute.
+        """
+        ...
+
+    async def update_weights(
+        self, version: int, arrays: Mapping[str, np.ndarray]
+    ) -> None:
         """Take new weights; requests in flight go on with them.
 
         Args:
@@ -109,6 +126,14 @@ class Engine(Protocol):
         Raises:
             WeightSyncError: names or shapes differ from the model's.
         """
+        ...
+
+    async def sleep(self) -> None:
+        """Give the accelerator's memory back while nothing is in flight."""
+        ...
+
+    async def wake_up(self) -> None:
+        """Take the memory again; before the next request or update of weights."""
         ...
 
     def hold(self) -> AbstractContextManager[None]:
@@ -123,11 +148,38 @@ class Engine(Protocol):
     def metrics(self) -> dict[str, float]:
         """Counters since the start, and levels.
 
-        num_generated_tokens, num_prompt_tokens, num_cached_prompt_tokens, and
-        whatever else the engine knows; `rllib_arpo.metrics` names the levels.
+        num_generated_tokens, num_prompt_tokens, num_cached_prompt_tokens,
+        num_context_overflows (turns that the model's context ended), step_time_s
+        (seconds in which it generated), and whatever else the engine knows;
+        `rllib_arpo.metrics` names the levels.
         """
         ...
 
     def close(self) -> None:
         """Free memory; requests in flight fail with `EngineError`."""
         ...
+
+
+def request_problem(request: GenerationRequest, vocab_size: int) -> str | None:
+    """What is wrong with a request, whatever the engine's state."""
+    prompt, sampling = request.prompt_token_ids, request.sampling
+    if len(prompt) == 0:
+        return "the prompt is empty"
+    if prompt.min() < 0 or prompt.max() >= vocab_size:
+        return (
+            f"token ids run from {prompt.min()} to {prompt.max()}, but the model has "
+            f"a vocabulary of {vocab_size}"
+        )
+    if request.max_tokens < 1 or request.stream_interval < 1:
+        return (
+            f"max_tokens ({request.max_tokens}) and stream_interval "
+            f"({request.stream_interval}) must be >= 1"
+        )
+    if not (sampling.temperature >= 0 < sampling.top_p <= 1):
+        return (
+            f"temperature ({sampling.temperature}) must be >= 0 and top_p "
+            f"({sampling.top_p}) in (0, 1]"
+        )
+    if sampling.top_k < 0 or "" in sampling.stop:
+        return f"top_k ({sampling.top_k}) must be >= 0 and stop without ''"
+    return None

@@ -20,7 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rllib_arpo.engines.kv_cache import KeysValues, SlotPool
-from rllib_arpo.errors import ConfigError, WeightSyncError
+from rllib_arpo.engines.weights import check_arrays
+from rllib_arpo.errors import ConfigError
 
 ATTENTION = "arpo_slots"
 _PREFILL_TOKENS = 2048
@@ -191,6 +192,14 @@ class ModelRunner:
         )
         return output.logits[:, -1].float()
 
+    @torch.inference_mode()
+    def score(self, token_ids: np.ndarray) -> np.ndarray:
+        """[T-1] float32 log-probability of each of [T] tokens but the first."""
+        ids = torch.from_numpy(token_ids.astype(np.int64))[None].to(self.device)
+        output = self.model(ids, past_key_values=DynamicCache(), use_cache=True)
+        table = output.logits[0, :-1].float().log_softmax(-1)
+        return table.gather(-1, ids[0, 1:, None])[:, 0].cpu().numpy()
+
     @torch.no_grad()
     def load_weights(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Copy arrays into the model; nothing changes if one is wrong.
@@ -199,26 +208,17 @@ class ModelRunner:
             WeightSyncError: a name is unknown or missing, or a shape differs.
         """
         state = self.model.state_dict(keep_vars=True)
-        problems = [f"unknown {name}" for name in arrays if name not in state]
-        given = {id(state[name]) for name in arrays if name in state}
         # Tied weights are one object under several names.
-        problems += [
-            f"missing {name}"
-            for name, tensor in self.model.named_parameters()
-            if id(tensor) not in given
-        ]
-        problems += [
-            f"{name} has shape {array.shape}, expected {tuple(state[name].shape)}"
-            for name, array in arrays.items()
-            if name in state and array.shape != tuple(state[name].shape)
-        ]
-        if problems:
-            more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise WeightSyncError(
-                f"the weights do not fit {type(self.model).__name__}: "
-                f"{'; '.join(problems[:8])}{more}; send every parameter once, under "
-                "its Hugging Face name"
-            )
+        names: dict[int, set[str]] = {id(p): set() for p in self.model.parameters()}
+        for name, tensor in state.items():
+            if id(tensor) in names:
+                names[id(tensor)].add(name)
+        check_arrays(
+            arrays,
+            shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
+            required=names.values(),
+            model=type(self.model).__name__,
+        )
         for name, array in arrays.items():
             state[name].copy_(_tensor(array))
 

@@ -241,3 +241,12 @@ def could_complete(table: Sequence[bytes], stop: Sequence[bytes]) -> np.ndarray:
         ],
         bool,
     )
+
+
+def eos_ids(*holders: object) -> list[int]:
+    """The ids that end a turn: of a generation or model config, of a tokenizer."""
+    ids: list[object] = []
+    for holder in holders:
+        found = getattr(holder, "eos_token_id", None)
+        ids += found if isinstance(found, list) else [found]
+    return sorted({i for i in ids if isinstance(i, int)})

@@ -87,9 +87,20 @@ class ScriptedEngine:
                 else None,
             )
 
-    def update_weights(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
+    async def score(self, token_ids: np.ndarray) -> np.ndarray:
+        return np.zeros(len(token_ids) - 1, np.float32)
+
+    async def update_weights(
+        self, version: int, arrays: Mapping[str, np.ndarray]
+    ) -> None:
         self._policy_version = version
         self.weights = dict(arrays)
+
+    async def sleep(self) -> None:
+        pass
+
+    async def wake_up(self) -> None:
+        pass
 
     def hold(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from rllib_arpo.engines.batch import Batch, Sequence
-from rllib_arpo.engines.engine import GenerationRequest, TokenChunk
+from rllib_arpo.engines.engine import GenerationRequest, TokenChunk, request_problem
 from rllib_arpo.engines.model_runner import ModelRunner, context_length
-from rllib_arpo.engines.sampling import token_bytes
+from rllib_arpo.engines.sampling import eos_ids, token_bytes
 from rllib_arpo.errors import ConfigError, EngineError
 from rllib_arpo.tree import NO_FLOATS, NO_INTS
 
@@ -101,7 +101,10 @@ class TorchEngine:
             parameter.data = parameter.data.to(dtype)
         self._runner = ModelRunner(model)
         # A configuration may name an EOS beyond the vocabulary: never sampled.
-        is_eos = np.isin(np.arange(self._runner.vocab_size), _eos_ids(model, tokenizer))
+        is_eos = np.isin(
+            np.arange(self._runner.vocab_size),
+            eos_ids(model.generation_config or model.config, tokenizer),
+        )
         self._batch = Batch(
             self._runner,
             token_bytes(tokenizer, self._runner.vocab_size),
@@ -114,6 +117,7 @@ class TorchEngine:
         self._released: asyncio.Future[None] | None = None
         self._step_time_s = 0.0
         self._holders = self._news = self._version = 0
+        self._num_context_overflows = 0
         self._closed = False
 
     @classmethod
@@ -147,6 +151,7 @@ class TorchEngine:
         """Counters since the start, and what runs, waits and is cached."""
         return {
             **self._batch.counts,
+            "num_context_overflows": self._num_context_overflows,
             "step_time_s": self._step_time_s,
             "num_running": len(self._batch.running),
             "num_waiting": len(self._waiting),
@@ -163,7 +168,9 @@ class TorchEngine:
                 failed.
         """
         self._check(request)
-        if len(request.prompt_token_ids) >= self.max_model_len:
+        room = self.max_model_len - len(request.prompt_token_ids)
+        if room <= 0:
+            self._num_context_overflows += 1
             yield TokenChunk(
                 token_ids=NO_INTS,
                 logprobs=NO_FLOATS,
@@ -181,6 +188,8 @@ class TorchEngine:
                 item = await sequence.outbox.get()
                 if isinstance(item, EngineError):
                     raise item
+                if item.finish_reason == "length" and room < request.max_tokens:
+                    self._num_context_overflows += 1
                 yield item
                 if item.finish_reason is not None:
                     return
@@ -206,11 +215,24 @@ class TorchEngine:
             elif released is not None and not released.done():
                 released.set_result(None)
 
-    def update_weights(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
+    async def score(self, token_ids: np.ndarray) -> np.ndarray:
+        """Log-probabilities of given tokens, at temperature 1."""
+        return self._runner.score(token_ids)
+
+    async def update_weights(
+        self, version: int, arrays: Mapping[str, np.ndarray]
+    ) -> None:
         """Take new weights; requests in flight go on with them."""
         self._runner.load_weights(arrays)
         self._version = version
         self._batch.recompute()
+
+    async def sleep(self) -> None:
+        """Give the memory of keys and values back; weights stay where they are."""
+        self._fail("the engine was put to sleep", None)
+
+    async def wake_up(self) -> None:
+        """Nothing to do: memory is taken when it is needed."""
 
     def close(self) -> None:
         """Free memory; requests in flight fail with `EngineError`."""
@@ -219,7 +241,7 @@ class TorchEngine:
 
     def _check(self, request: GenerationRequest) -> None:
         running = (sequence.request.request_id for sequence in self._batch.running)
-        problem = _problem(request, self._runner.vocab_size)
+        problem = request_problem(request, self._runner.vocab_size)
         if self._closed:
             problem = "the engine was closed"
         elif request.request_id in self._waiting or request.request_id in running:
@@ -292,36 +314,3 @@ class TorchEngine:
             error = EngineError(f"request {sequence.request.request_id!r}: {message}")
             error.__cause__ = cause
             sequence.outbox.put_nowait(error)
-
-
-def _problem(request: GenerationRequest, vocab_size: int) -> str | None:
-    """What is wrong with a request, whatever the engine's state."""
-    prompt, sampling = request.prompt_token_ids, request.sampling
-    if len(prompt) == 0:
-        return "the prompt is empty"
-    if prompt.min() < 0 or prompt.max() >= vocab_size:
-        return (
-            f"token ids run from {prompt.min()} to {prompt.max()}, but the model has "
-            f"a vocabulary of {vocab_size}"
-        )
-    if request.max_tokens < 1 or request.stream_interval < 1:
-        return (
-            f"max_tokens ({request.max_tokens}) and stream_interval "
-            f"({request.stream_interval}) must be >= 1"
-        )
-    if not (sampling.temperature >= 0 < sampling.top_p <= 1):
-        return (
-            f"temperature ({sampling.temperature}) must be >= 0 and top_p "
-            f"({sampling.top_p}) in (0, 1]"
-        )
-    if sampling.top_k < 0 or "" in sampling.stop:
-        return f"top_k ({sampling.top_k}) must be >= 0 and stop without ''"
-    return None
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    ids: list[object] = []
-    for holder in (model.generation_config or model.config, tokenizer):
-        found = getattr(holder, "eos_token_id", None)
-        ids += found if isinstance(found, list) else [found]
-    return sorted({i for i in ids if isinstance(i, int)})

@@ -22,7 +22,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.core.learner.learner import Learner
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.learner.training_data import TrainingData
@@ -31,6 +31,7 @@ from ray.rllib.utils.metrics import ALL_MODULES, NUM_ENV_STEPS_TRAINED, WEIGHTS_
 from torch import Tensor
 
 from rllib_arpo.arrays import to_numpy
+from rllib_arpo.engines.weights import WEIGHT_PROBE
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.learner import losses, packing
 from rllib_arpo.learner.connectors import REWARD_MEAN, REWARD_STD
@@ -357,6 +358,15 @@ class ARPOTorchLearner(TorchLearner):
             self.metrics.log_value((DEFAULT_MODULE_ID, name), value, window=1)
         turns = (ALL_MODULES, NUM_ENV_STEPS_TRAINED)
         self.metrics.log_value(turns, sum(map(len, trees)), reduce="sum")
+
+    def engine_state(self) -> dict[str, Any]:
+        """What an EnvRunner needs to run this policy: weights, version, a probe."""
+        state = self.get_state(components=COMPONENT_RL_MODULE, inference_only=True)
+        return {
+            COMPONENT_RL_MODULE: state[COMPONENT_RL_MODULE],
+            WEIGHTS_SEQ_NO: state[WEIGHTS_SEQ_NO],
+            WEIGHT_PROBE: self.language_model.weight_probe(),
+        }
 
     @override(TorchLearner)
     def get_state(

@@ -41,8 +41,15 @@ from rllib_arpo.config import ARPOConfig
 from rllib_arpo.data.datasets import TaskCursor
 from rllib_arpo.data.sources import resolve_tasks
 from rllib_arpo.engines.engine import Engine, SamplingParams
-from rllib_arpo.errors import ARPOError, EngineError
-from rllib_arpo.metrics import ENGINE_LEVELS, ENGINE_METRICS, ENGINE_SAMPLE_TIME_S
+from rllib_arpo.engines.weights import WEIGHT_PROBE, WeightProbe, check_probe
+from rllib_arpo.errors import ARPOError, EngineError, WeightSyncError
+from rllib_arpo.metrics import (
+    ENGINE_LEVELS,
+    ENGINE_METRICS,
+    ENGINE_SAMPLE_TIME_S,
+    PREFIX_CACHE_HIT_RATE,
+    WEIGHT_PROBE_ERROR,
+)
 from rllib_arpo.rollouts.branching import TreeSettings, derive_seed
 from rllib_arpo.rollouts.sampler import grow_tree
 from rllib_arpo.tree import RolloutTree, Task
@@ -89,7 +96,7 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
     @override(EnvRunner)
     def make_module(self) -> None:
         """Start the engine; an EnvRunner has no RLModule beside it."""
-        self.engine: Engine = self._run(_call(self.config.make_engine))
+        self.engine: Engine = self._run(self.config.make_engine(self.worker_index))
 
     @override(EnvRunner)
     def assert_healthy(self) -> None:
@@ -244,14 +251,24 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
     def _log_engine(self, sample_time_s: float) -> None:
         """What the engine did since the last time, to be summed over runners."""
         counted = self.engine.metrics()
+        before = self._engine_counted
         for name, value in counted.items():
             key = (ENGINE_METRICS, name)
             if name in ENGINE_LEVELS:
                 self.metrics.log_value(key, value, window=1)
             else:
-                done = value - self._engine_counted.get(name, 0.0)
+                done = value - before.get(name, 0.0)
                 self.metrics.log_value(key, done, reduce="sum")
         self._engine_counted = counted
+        cached, prompt = (
+            counted[name] - before.get(name, 0.0)
+            for name in ("num_cached_prompt_tokens", "num_prompt_tokens")
+        )
+        self.metrics.log_value(
+            (ENGINE_METRICS, PREFIX_CACHE_HIT_RATE),
+            cached / prompt if prompt else 0.0,
+            window=1,
+        )
         self.metrics.log_value(
             (ENGINE_METRICS, ENGINE_SAMPLE_TIME_S), sample_time_s, reduce="sum"
         )
@@ -280,7 +297,9 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
                 if isinstance(weights, ray.ObjectRef):
                     weights = ray.get(weights)
                 weights = weights.get(DEFAULT_MODULE_ID, weights)
-                self._run(_call(self.engine.update_weights, version, weights))
+                self._run(self.engine.update_weights(version, weights))
+                if WEIGHT_PROBE in state:
+                    self._check_weights(state[WEIGHT_PROBE])
             self._weights_seq_no = version
         if NUM_ENV_STEPS_SAMPLED_LIFETIME in state:
             self.num_env_steps_sampled_lifetime = state[NUM_ENV_STEPS_SAMPLED_LIFETIME]
@@ -288,6 +307,32 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
             self._own_tasks(0)
             assert self._cursor is not None
             self._cursor.set_state(state["task_cursor"])
+
+    def _check_weights(self, probe: WeightProbe) -> None:
+        scored = self._run(self.engine.score(probe.token_ids))
+        dtype = self.config.model_config.get("dtype") or "float32"
+        error = check_probe(probe, scored, dtype=dtype)
+        self.metrics.log_value((ENGINE_METRICS, WEIGHT_PROBE_ERROR), error, window=1)
+
+    def take_weights(self, state: dict[str, Any]) -> WeightSyncError | None:
+        """`set_state`; an error of the weights is returned, not raised.
+
+        RLlib would restart the actor, which then starts from the first weights, and
+        training would go on.
+        """
+        try:
+            self.set_state(state)
+        except WeightSyncError as error:
+            return error
+        return None
+
+    def sleep_engine(self) -> None:
+        """Give the engine's memory back until `wake_engine`."""
+        self._run(self.engine.sleep())
+
+    def wake_engine(self) -> None:
+        """Take the engine's memory again."""
+        self._run(self.engine.wake_up())
 
     @override(Checkpointable)
     def get_ctor_args_and_kwargs(self) -> tuple[tuple[()], dict[str, Any]]:

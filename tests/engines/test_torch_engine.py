@@ -354,7 +354,7 @@ def test_requests_in_flight_go_on_with_new_weights() -> None:
         ]
         while engine.metrics()["num_generated_tokens"] < 16:
             await asyncio.sleep(0)
-        engine.update_weights(3, weights_of(new))
+        await engine.update_weights(3, weights_of(new))
         return await asyncio.gather(*tasks)
 
     for prompt, result in zip(prompts, asyncio.run(switch()), strict=True):
@@ -370,7 +370,7 @@ def test_new_weights_leave_no_old_keys_in_the_prefix_cache() -> None:
     new = grouped_model("qwen2", seed=2)
     engine = engine_of(grouped_model("qwen2", seed=1))
     run(engine, ask("a", prompt_of(20)))
-    engine.update_weights(1, weights_of(new))
+    asyncio.run(engine.update_weights(1, weights_of(new)))
     (result,) = run(engine, ask("a", prompt_of(20)))
     assert_exact(new, prompt_of(20), result)
 
@@ -383,12 +383,35 @@ def test_weights_that_do_not_fit_are_refused_by_name_and_change_nothing() -> Non
     wrong["model.extra"] = wrong.pop(last)
     wrong[first] = wrong[first][:-1]
     with pytest.raises(WeightSyncError, match=r"unknown model\.extra") as error:
-        engine.update_weights(1, wrong)
+        asyncio.run(engine.update_weights(1, wrong))
     assert f"missing {last}" in str(error.value)
     assert f"{first} has shape (399, 32), expected (400, 32)" in str(error.value)
     assert engine.policy_version == 0
     for name, array in weights_of(model).items():
         np.testing.assert_array_equal(array, good[name])
+
+
+def test_given_tokens_are_scored_under_the_weights_in_use() -> None:
+    old, new = grouped_model("qwen2", seed=1), grouped_model("qwen2", seed=2)
+    engine = engine_of(grouped_model("qwen2", seed=1))
+    text = np.concatenate([prompt_of(5), prompt_of(40, 1)])
+    for model in (old, new):
+        asyncio.run(engine.update_weights(1, weights_of(model)))
+        expected, _ = reference(model, text[:1], text[1:])
+        scored = asyncio.run(engine.score(text))
+        np.testing.assert_allclose(scored, expected, atol=2e-5)
+
+
+def test_turns_that_the_context_ends_are_counted() -> None:
+    engine = engine_of(grouped_model("qwen2"), max_model_len=30)
+    own_limit, context, no_room = run(
+        engine,
+        ask("a", prompt_of(20), 10),
+        ask("b", prompt_of(20), 11),
+        ask("c", prompt_of(30), 1),
+    )
+    assert [len(one.token_ids) for one in (own_limit, context, no_room)] == [10, 10, 0]
+    assert engine.metrics()["num_context_overflows"] == 2
 
 
 def test_tied_weights_come_once_under_either_name() -> None:
@@ -397,7 +420,7 @@ def test_tied_weights_come_once_under_either_name() -> None:
     assert "lm_head.weight" not in arrays
     engine = engine_of(grouped_model("llama"))
     arrays["lm_head.weight"] = arrays.pop("model.embed_tokens.weight")
-    engine.update_weights(1, arrays)
+    asyncio.run(engine.update_weights(1, arrays))
     (result,) = run(engine, ask("a", prompt_of(20)))
     assert_exact(new, prompt_of(20), result)
 
@@ -411,7 +434,7 @@ def test_bfloat16_and_read_only_arrays_are_taken() -> None:
     for array in arrays.values():
         array.flags.writeable = False
     engine = engine_of(grouped_model("qwen2"))
-    engine.update_weights(1, arrays)
+    asyncio.run(engine.update_weights(1, arrays))
     (result,) = run(engine, ask("a", prompt_of(20)))
     assert_exact(new, prompt_of(20), result)
 
@@ -421,7 +444,9 @@ def test_a_failed_step_fails_its_requests_and_leaves_the_engine_usable() -> None
     engine, good = engine_of(model, max_num_seqs=1), weights_of(model)
     request = ask("a", prompt_of(9))
     (expected,) = run(engine, request)
-    engine.update_weights(1, {n: np.full_like(a, np.nan) for n, a in good.items()})
+    asyncio.run(
+        engine.update_weights(1, {n: np.full_like(a, np.nan) for n, a in good.items()})
+    )
 
     async def failing() -> list[BaseException | TokenChunk]:
         waiting = ask("b", prompt_of(4))
@@ -432,7 +457,7 @@ def test_a_failed_step_fails_its_requests_and_leaves_the_engine_usable() -> None
     for error in asyncio.run(failing()):
         assert isinstance(error, EngineError)
         assert "not finite" in str(error.__cause__)
-    engine.update_weights(2, good)
+    asyncio.run(engine.update_weights(2, good))
     (result,) = run(engine, request)
     assert result.token_ids.tolist() == expected.token_ids.tolist()
 

@@ -1,0 +1,403 @@
+"""vLLM as an engine: one asynchronous request per turn of a path.
+
+vLLM's scheduler and model run in processes of their own (`vllm_worker.py` says what we
+add there); this is the side of the EnvRunner. Its prefix cache makes continuations and
+branches cheap: both are new requests whose prompts repeat the tokens so far.
+
+1. Log-probabilities are those of the distribution that was sampled from, after
+   temperature, top-p and top-k (`logprobs_mode="processed_logprobs"`).
+2. Entropies are exact, over the whole vocabulary and for every token, unless
+   `entropy_top_k` asks for the approximation that vLLM offers by itself.
+3. New weights are taken between two steps of requests in flight, whose keys and
+   values are then computed again (`reset_prefix_cache=False` keeps the old ones).
+4. LoRA adapters are swapped by request: what is in flight ends with its own.
+"""
+
+import itertools
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import (
+    AbstractContextManager,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from rllib_arpo.engines.engine import GenerationRequest, TokenChunk, request_problem
+from rllib_arpo.engines.sampling import eos_ids
+from rllib_arpo.engines.vllm_setup import (
+    check_arguments,
+    check_version,
+    start_environment,
+    start_failure,
+)
+from rllib_arpo.errors import ConfigError, EngineError
+from rllib_arpo.tree import NO_FLOATS, NO_INTS
+
+WORKER_EXTENSION = "rllib_arpo.engines.vllm_worker.WorkerExtension"
+QUIET = {"disable_log_stats": True, "use_tqdm_on_load": False}
+# Attention kernels for CPUs take blocks of multiples of 32 tokens; small blocks let
+# branches share more. A cache of vLLM's default size would take most of the memory.
+ON_CPU = {
+    "enforce_eager": True,
+    "block_size": 32,
+    "kv_cache_memory_bytes": 512 * 2**20,
+}
+
+
+class VLLMEngine:
+    """Generates with vLLM's `AsyncLLM`. Use `await VLLMEngine.start(...)`.
+
+    The same seed and prompt give the same tokens whatever else is in flight, up to the
+    rounding of batches.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "float32",
+        entropy_top_k: int | None = None,
+        reset_prefix_cache: bool = True,
+        lora: Mapping[str, Any] | None = None,
+        weight_transfer: str = "object_store",
+        colocate: bool = False,
+        log_file: Path | None = None,
+        **arguments: Any,
+    ) -> None:
+        check_version()
+        on_cpu = not torch.cuda.is_available()
+        if colocate and on_cpu:
+            raise ConfigError(
+                "`colocate` (True) needs a GPU: vLLM gives no memory back on a CPU"
+            )
+        self._log_file = log_file or Path(tempfile.mkdtemp()) / "vllm.log"
+        self._log_start = (
+            self._log_file.stat().st_size if self._log_file.exists() else 0
+        )
+        with start_environment(self._log_file, on_cpu=on_cpu):
+            check_arguments(arguments)
+            # vLLM is imported when it was chosen, and only then.
+            from vllm import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
+
+            from rllib_arpo.engines import vllm_requests
+            from rllib_arpo.engines.vllm_weights import SHARED_MEMORY, VLLMWeights
+
+            if on_cpu:
+                arguments = ON_CPU | arguments
+            if lora is not None:
+                arguments |= {"enable_lora": True, "max_lora_rank": lora.get("r", 8)}
+            backend = {"object_store": SHARED_MEMORY}.get(
+                weight_transfer, weight_transfer
+            )
+            try:
+                self._llm = AsyncLLM.from_engine_args(
+                    AsyncEngineArgs(
+                        model=model,
+                        dtype=dtype,
+                        logprobs_mode="processed_logprobs",
+                        max_logprobs=-1,
+                        worker_extension_cls=WORKER_EXTENSION,
+                        weight_transfer_config={"backend": backend},
+                        enable_sleep_mode=colocate,
+                        **(QUIET | arguments),
+                    )
+                )
+            except Exception as error:  # boundary: all that can fail at a start
+                raise self._start_failure(error) from error
+        self._requests = vllm_requests
+        self.weights = VLLMWeights(self._llm, model, lora)
+        config = AutoConfig.from_pretrained(model).get_text_config()
+        self.vocab_size: int = config.vocab_size
+        self.max_model_len: int = self._llm.model_config.max_model_len
+        try:
+            generation = GenerationConfig.from_pretrained(model)
+        except OSError:  # a folder need not have one
+            generation = config
+        known = eos_ids(generation, AutoTokenizer.from_pretrained(model))
+        self._eos_ids = [token for token in known if token < self.vocab_size]
+        self._entropy_top_k = entropy_top_k
+        self._reset_prefix_cache = reset_prefix_cache
+        self._version = 0
+        self._in_flight: set[str] = set()
+        self._numbers = itertools.count()
+        self._busy_since = self._busy_s = 0.0
+        self._closed = False
+        self._counts = dict.fromkeys(
+            (
+                *("num_generated_tokens", "num_prompt_tokens"),
+                *("num_cached_prompt_tokens", "num_context_overflows"),
+            ),
+            0,
+        )
+
+    @classmethod
+    async def start(cls, model: str, **settings: Any) -> Self:
+        """Start vLLM and check that its entropies are right.
+
+        Args:
+            model: Hugging Face folder or hub name.
+            **settings:
+                dtype: "float32", "bfloat16" or "float16".
+                entropy_top_k: None computes exact entropies; k takes those of the k
+                    most likely tokens and of the rest spread evenly.
+                reset_prefix_cache: compute keys and values anew after an update.
+                lora: PEFT's `LoraConfig` as a dict: updates are adapters.
+                weight_transfer: "object_store", "nccl" or "ipc".
+                colocate: the memory can be given back by `sleep`.
+                log_file: gets vLLM's log.
+                All others are vLLM's own engine arguments.
+
+        Raises:
+            ConfigError: vLLM is missing or too old or new, an argument is wrong, or
+                memory does not suffice.
+            EngineError: vLLM does not start, or computes other entropies.
+        """
+        engine = cls(model, **settings)
+        try:
+            await engine._llm.update_weight_version("0")
+            await engine._check_entropies()
+        except EngineError:
+            engine.close()
+            raise
+        except Exception as error:  # boundary: the model's first steps
+            engine.close()
+            raise engine._start_failure(error) from error
+        return engine
+
+    def _start_failure(self, error: Exception) -> EngineError | ConfigError:
+        return start_failure(error, self._log_file, self._log_start)
+
+    async def _check_entropies(self) -> None:
+        if self._entropy_top_k is not None:
+            return
+        exact, ours = [
+            (await self._answer([0], params)).outputs[0].logprobs
+            for params in (self._requests.ALL_LOGPROBS, self._requests.WITH_ENTROPY)
+        ]
+        self._requests.check_entropy(exact, ours)
+
+    async def _answer(self, prompt: list[int], params: Any) -> Any:
+        """The one output of a request that nothing is streamed of."""
+        outputs = self._llm.generate(
+            {"prompt_token_ids": prompt},
+            params,
+            f"internal/{next(self._numbers)}",
+            lora_request=self.weights.adapter,
+        )
+        return [output async for output in outputs][-1]
+
+    @property
+    def policy_version(self) -> int:
+        return self._version
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
+        """Stream one turn; closing the iterator early cancels the request.
+
+        A prompt that fills the context gives one empty chunk, "length".
+
+        Raises:
+            EngineError: the request is wrong, or vLLM failed or died.
+        """
+        self._check(request)
+        room = self.max_model_len - len(request.prompt_token_ids)
+        if room <= 0:
+            self._counts["num_context_overflows"] += 1
+            yield TokenChunk(
+                token_ids=NO_INTS,
+                logprobs=NO_FLOATS,
+                entropies=NO_FLOATS,
+                policy_versions=NO_INTS,
+                finish_reason="length",
+            )
+            return
+        waiting: list[TokenChunk] = []
+        chunks = self._stream(request, min(request.max_tokens, room))
+        with self._counted(request.request_id):
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    waiting.append(chunk)
+                    count = sum(len(one.token_ids) for one in waiting)
+                    reason = chunk.finish_reason
+                    if reason is None and count < request.stream_interval:
+                        continue
+                    if reason == "length" and room < request.max_tokens:
+                        self._counts["num_context_overflows"] += 1
+                    yield self._requests.join(waiting)
+                    waiting = []
+
+    async def _stream(
+        self, request: GenerationRequest, max_tokens: int
+    ) -> AsyncIterator[TokenChunk]:
+        """What vLLM puts out, piece by piece; the first has one token."""
+        adapter, version = self.weights.adapter, self._version
+        outputs = self._llm.generate(
+            {"prompt_token_ids": request.prompt_token_ids.tolist()},
+            self._requests.sampling_params(
+                request,
+                max_tokens=max_tokens,
+                eos_ids=self._eos_ids,
+                entropy_top_k=self._entropy_top_k,
+            ),
+            # vLLM remembers an id until it has seen the end of the request.
+            f"{request.request_id}/{next(self._numbers)}",
+            lora_request=adapter,
+        )
+        sent = 0
+        with self._failures(request.request_id):
+            async with aclosing(outputs):
+                async for output in outputs:
+                    if not sent:
+                        self._count_prompt(output)
+                    count = len(output.outputs[0].token_ids)
+                    if adapter is not None:
+                        versions = np.full(count, version, np.int32)
+                    else:
+                        versions = self._requests.versions_of(
+                            output, self._llm.output_processor, sent
+                        )
+                    sent += count
+                    self._counts["num_generated_tokens"] += count
+                    yield self._requests.chunk_of(
+                        output,
+                        greedy=request.sampling.temperature == 0,
+                        versions=versions,
+                        entropy_top_k=self._entropy_top_k,
+                        vocab_size=self.vocab_size,
+                    )
+
+    def _count_prompt(self, output: Any) -> None:
+        self._counts["num_prompt_tokens"] += len(output.prompt_token_ids)
+        self._counts["num_cached_prompt_tokens"] += output.num_cached_tokens or 0
+
+    async def score(self, token_ids: np.ndarray) -> np.ndarray:
+        """Log-probabilities of given tokens, at temperature 1.
+
+        Raises:
+            EngineError: vLLM failed or died.
+        """
+        with self._failures("score"):
+            answer = await self._answer(token_ids.tolist(), self._requests.SCORE_PROMPT)
+        # The first token has no log-probability and takes no place.
+        return np.array(answer.prompt_logprobs.logprobs, np.float32)
+
+    async def update_weights(
+        self, version: int, arrays: Mapping[str, np.ndarray]
+    ) -> None:
+        """Take new weights, or a new adapter; requests in flight go on.
+
+        Raises:
+            WeightSyncError: names or shapes differ from the model's.
+            EngineError: vLLM failed, and is closed: it holds half of the weights.
+        """
+        self.weights.check(arrays)
+        with self._failures("update of the weights"):
+            if self.weights.adapters is not None:
+                self.weights.swap_adapter(version, arrays)
+            else:
+                async with self.paused():
+                    await self.weights.load(version, arrays)
+        self._version = version
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """For an update: no step is taken inside; requests in flight go on after it.
+
+        An error inside leaves vLLM with half of the weights, so it closes it.
+        """
+        await self._llm.engine_core.pause_scheduler_async(
+            mode="keep", clear_cache=self._reset_prefix_cache
+        )
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+        await self._llm.resume_generation()
+
+    async def sleep(self) -> None:
+        """Give the GPU's memory back: weights wait in the host's, the cache is lost."""
+        with self._failures("sleep"):
+            await self._llm.sleep(level=1)
+
+    async def wake_up(self) -> None:
+        """Take the memory again."""
+        with self._failures("wake up"):
+            await self._llm.wake_up()
+
+    def hold(self) -> AbstractContextManager[None]:
+        """A null context: there is no deterministic mode."""
+        return nullcontext()
+
+    def metrics(self) -> dict[str, float]:
+        """Counters since the start, and what is in flight.
+
+        `entropy_approximated_by_top_k` is there when entropies are not exact.
+        """
+        busy_s = self._busy_s
+        if self._in_flight:
+            busy_s += time.monotonic() - self._busy_since
+        found = {
+            **self._counts,
+            "step_time_s": busy_s,
+            "num_running": len(self._in_flight),
+        }
+        if self._entropy_top_k is not None:
+            found["entropy_approximated_by_top_k"] = self._entropy_top_k
+        return found
+
+    def close(self) -> None:
+        """End vLLM's processes; requests in flight fail with `EngineError`."""
+        if not self._closed:
+            self._closed = True
+            self._llm.shutdown()
+            self.weights.close()
+            # vLLM cleans up again when it is freed; too late at the interpreter's end.
+            del self._llm
+
+    def _check(self, request: GenerationRequest) -> None:
+        problem = request_problem(request, self.vocab_size)
+        if self._closed:
+            problem = "the engine was closed"
+        elif request.request_id in self._in_flight:
+            problem = "a request with this id is in flight"
+        if problem:
+            raise EngineError(f"cannot generate for {request.request_id!r}: {problem}")
+
+    @contextmanager
+    def _counted(self, request_id: str) -> Iterator[None]:
+        """Count a request, and the time in which any is in flight."""
+        if not self._in_flight:
+            self._busy_since = time.monotonic()
+        self._in_flight.add(request_id)
+        try:
+            yield
+        finally:
+            self._in_flight.discard(request_id)
+            if not self._in_flight:
+                self._busy_s += time.monotonic() - self._busy_since
+
+    @contextmanager
+    def _failures(self, what: str) -> Iterator[None]:
+        """Errors of vLLM as ours."""
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        if self._closed:
+            raise EngineError(f"{what!r}: the engine was closed")
+        try:
+            yield
+        except EngineDeadError as error:
+            message = f"{what!r}: vLLM's process is dead (log: {self._log_file})"
+            raise EngineError(message) from error
+        except (EngineGenerateError, VLLMClientError, ValueError) as error:
+            raise EngineError(f"{what!r}: {error.__cause__ or error}") from error
