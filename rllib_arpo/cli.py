@@ -42,6 +42,7 @@ app = typer.Typer(
 
 EnvRunners = Annotated[int, typer.Option(help="Sampling actors; 0: in this process.")]
 Learners = Annotated[int, typer.Option(help="Learner actors; 0: in this process.")]
+EngineName = Annotated[str, typer.Option(help='What samples: "torch" or "vllm".')]
 Seed = Annotated[int, typer.Option(help="Seed of tasks, sampling and learner.")]
 Out = Annotated[Path, typer.Option(help="Folder of the run.")]
 Corpus = Annotated[
@@ -57,6 +58,7 @@ MaxTokens = Annotated[
 def quickstart(
     seed: Seed = 0,
     out: Out = Path("runs/quickstart"),
+    engine: EngineName = "torch",
     num_env_runners: EnvRunners = 0,
     num_learners: Learners = 0,
 ) -> None:
@@ -69,6 +71,7 @@ def quickstart(
     settings = Settings(
         folder=out,
         seed=seed,
+        engine=engine,
         num_env_runners=num_env_runners,
         num_learners=num_learners,
     )
@@ -105,6 +108,7 @@ def train(
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-6,
     max_response_tokens: MaxTokens = 1024,
     max_tool_calls: Annotated[int, typer.Option(help="Per trajectory.", min=0)] = 5,
+    engine: EngineName = "torch",
     num_env_runners: EnvRunners = 0,
     num_learners: Learners = 0,
     seed: Seed = 0,
@@ -139,6 +143,7 @@ def train(
             lr=lr,
             max_response_tokens=max_response_tokens,
             max_tool_calls=max_tool_calls,
+            engine=engine,
             num_env_runners=num_env_runners,
             num_learners=num_learners,
             seed=seed,
@@ -212,6 +217,7 @@ def evaluate(
     num_samples: Annotated[int, typer.Option(help="Answers per task.", min=1)] = 1,
     corpus: Corpus = None,
     max_response_tokens: MaxTokens = 1024,
+    engine: EngineName = "torch",
     num_env_runners: EnvRunners = 0,
     seed: Seed = 0,
     json_file: Annotated[
@@ -237,6 +243,7 @@ def evaluate(
             model=str(checkpoint),
             corpus=corpus,
             max_response_tokens=max_response_tokens,
+            engine=engine,
             num_env_runners=num_env_runners,
             seed=seed,
         )

@@ -59,6 +59,7 @@ def config_of_flags(
     group_size: int = 16,
     lr: float = 1e-6,
     max_tool_calls: int = 5,
+    engine: str = "torch",
     num_learners: int = 0,
 ) -> ARPOConfig:
     """ARPO on rows of a file, with Python and, given a corpus, search as tools.
@@ -95,6 +96,7 @@ def config_of_flags(
             ),
             lr=lr,
         )
+        .engine(engine)
         .env_runners(num_env_runners=num_env_runners)
         .learners(num_learners=num_learners)
         .debugging(seed=seed, log_level="ERROR")

@@ -72,9 +72,15 @@ def start_run(config: ARPOConfig, folder: Path, iterations: int) -> None:
     """
     config.validate()
     run = Run(folder)
+    if config.engine_log_dir is None:
+        config.engine(log_dir=str(run.folder / "logs"))
     run.write_config(config)
     with started_ray(num_actors(vars(config))):
-        _train(config.build_algo(), run, iterations)
+        with Console().waiting(
+            f"Start the actors and the engine ({config.engine_name})"
+        ):
+            algorithm = config.build_algo()
+        _train(algorithm, run, iterations)
 
 
 def resume_run(folder: Path, iterations: int) -> None:

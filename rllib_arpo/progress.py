@@ -1,5 +1,6 @@
 """What a person sees in the terminal: stages, progress with time left, tables."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -87,6 +89,21 @@ class Console:
         with self._bar() as bar:
             task = bar.add_task(name, total=total)
             yield lambda more: bar.advance(task, more)
+
+    @contextmanager
+    def waiting(self, title: str) -> Iterator[None]:
+        """Seconds that pass meanwhile, and at the end a line that says how many."""
+        start = time.monotonic()
+        with Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=self.rich,
+            transient=True,
+        ) as bar:
+            bar.add_task(escape(title), total=None)
+            yield
+        self.say(f"{title}: {time.monotonic() - start:.0f} s")
 
     def _bar(self) -> Progress:
         return Progress(

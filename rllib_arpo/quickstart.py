@@ -54,6 +54,7 @@ class Settings:
     Attributes:
         folder: of the run; what an earlier quick start left there is replaced.
         seed: of model, traces, tasks and sampling.
+        engine: "torch" or "vllm", which samples for reinforcement learning.
         num_env_runners: sampling actors; 0 samples in this process.
         num_learners: learner actors; 0 learns in this process.
         sft_iterations: of 50 optimizer steps each.
@@ -63,6 +64,7 @@ class Settings:
 
     folder: Path
     seed: int = 0
+    engine: str = "torch"
     num_env_runners: int = 0
     num_learners: int = 0
     sft_iterations: int = 24
@@ -98,6 +100,7 @@ def sft_config(model: str, settings: Settings) -> SFTConfig:
             eval_tasks=partial(almanac_tasks, "test", settings.num_test_tasks),
         )
         .rl_module(model_config={"model": model})
+        .debugging(deterministic=True)
         .training(
             train_batch_size_per_learner=SFT_BATCH * steps // learners,
             minibatch_size=SFT_BATCH // learners,
@@ -133,6 +136,8 @@ def arpo_config(model: str, settings: Settings) -> ARPOConfig:
             # A turn of this agent is short: about ten tokens.
             entropy_probe_tokens=8,
         )
+        .engine(settings.engine, log_dir=str(settings.folder.absolute() / "logs"))
+        .debugging(deterministic=settings.engine == "torch")
         .training(
             train_batch_size_per_learner=RL_TREES // learners,
             minibatch_size=RL_TREES // steps // learners,
@@ -158,7 +163,7 @@ def _on_this_machine(config: Config, settings: Settings) -> Config:
         .evaluation(evaluation_duration=settings.num_test_tasks)
         .env_runners(num_env_runners=settings.num_env_runners)
         .learners(num_learners=settings.num_learners)
-        .debugging(seed=settings.seed, deterministic=True, log_level="ERROR")
+        .debugging(seed=settings.seed, log_level="ERROR")
     )
 
 
@@ -237,7 +242,8 @@ def _reinforce(
     console.stage("Reinforcement learning: ARPO")
     config = arpo_config(model, settings)
     run.write_config(config)
-    algorithm = config.build_algo()
+    with console.waiting(f"Start the actors and the engine ({config.engine_name})"):
+        algorithm = config.build_algo()
     try:
         with console.progress(settings.rl_iterations, "ARPO") as progress:
             train(
