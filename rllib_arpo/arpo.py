@@ -298,20 +298,37 @@ class ARPO(Algorithm):
             WeightSyncError: an engine does not run the learner's weights.
         """
         remote = self.env_runner_group.num_remote_env_runners() > 0
+        through_store = self.config.weight_transfer == "object_store"
+        if not through_store:
+            self._send_weights()
 
         def publish(learner: Any, *_: Any) -> dict[str, Any]:
-            state = learner.engine_state()
-            if remote:
+            state = learner.engine_state(weights=through_store)
+            if remote and through_store:
                 state[COMPONENT_RL_MODULE] = ray.put(state[COMPONENT_RL_MODULE])
             return state
 
         learners = self.learner_group
-        first = None if learners.is_local else [0]
+        first: Any = None if learners.is_local else [0]
         answers = learners.foreach_learner(publish, remote_actor_ids=first)
         state = answers.result_or_errors[0].get()
         for error in self._call_engines("take_weights", state=state):
             if error is not None:
                 raise error
+
+    def _send_weights(self) -> None:
+        """Send the learners' weights from GPU to GPU."""
+        env_runners = self._call_engines("identity")
+        backend = self.config.weight_transfer
+        workers_each = max(int(self.config.num_gpus_per_env_runner or 0), 1)
+
+        def send(learner: Any, *_: Any) -> None:
+            learner.send_weights(
+                env_runners, backend=backend, workers_each=workers_each
+            )
+
+        for answer in self.learner_group.foreach_learner(send).result_or_errors:
+            answer.get()
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the trained model as a Hugging Face folder, tokenizer included.

@@ -483,7 +483,7 @@ class ARPOConfig(AlgorithmConfig):
             EngineError: the engine does not start.
         """
         model = str(self.model_config["model"])
-        dtype = self.model_config.get("dtype") or "float32"
+        dtype: Any = self.model_config.get("dtype") or "float32"
         if self.engine_name == "torch":
             from rllib_arpo.engines.torch_engine import TorchEngine
 
@@ -496,7 +496,7 @@ class ARPOConfig(AlgorithmConfig):
         from rllib_arpo.engines.vllm_engine import VLLMEngine
 
         folder = Path(self.engine_log_dir or session_log_folder())
-        gpus = int(self.num_gpus_per_env_runner) if self.num_env_runners else 0
+        gpus = int(self.num_gpus_per_env_runner or 0) if self.num_env_runners else 0
         settings = {"tensor_parallel_size": max(gpus, 1), **self.engine_kwargs}
         return await VLLMEngine.start(
             model,
@@ -517,5 +517,6 @@ class ARPOConfig(AlgorithmConfig):
 def session_log_folder() -> str:
     """Where Ray and its tools look for logs; without Ray a new folder."""
     if ray.is_initialized():
-        return ray._private.worker._global_node.get_logs_dir_path()
+        session: Any = ray._private.worker  # pyright: ignore
+        return session._global_node.get_logs_dir_path()
     return tempfile.mkdtemp(prefix="rllib_arpo_")

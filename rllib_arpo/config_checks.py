@@ -62,12 +62,20 @@ def _engine_faults(config: "ARPOConfig") -> Iterator[str]:
                 "engine takes weights from the 'object_store'."
             )
         return
+    if config.weight_transfer != "object_store" and not (
+        config.num_env_runners and config.num_gpus_per_env_runner
+    ):
+        yield (
+            f"`weight_transfer` ({config.weight_transfer!r}) goes from GPU to GPU: set "
+            "`num_env_runners` and `num_gpus_per_env_runner`, or take the "
+            "'object_store'."
+        )
     if config.deterministic:
         yield (
             '`deterministic` (True) is a mode of `engine` "torch": vLLM\'s batches '
             "depend on timing. Set one of them otherwise."
         )
-    gpus = config.num_gpus_per_env_runner
+    gpus = config.num_gpus_per_env_runner or 0
     size = config.engine_kwargs.get("tensor_parallel_size", max(int(gpus), 1))
     share = config.engine_kwargs.get("gpu_memory_utilization")
     if gpus > 1 and gpus != size:

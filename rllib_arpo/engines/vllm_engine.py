@@ -16,7 +16,7 @@ branches cheap: both are new requests whose prompts repeat the tokens so far.
 import itertools
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import (
     AbstractContextManager,
     aclosing,
@@ -43,10 +43,10 @@ from rllib_arpo.errors import ConfigError, EngineError
 from rllib_arpo.tree import NO_FLOATS, NO_INTS
 
 WORKER_EXTENSION = "rllib_arpo.engines.vllm_worker.WorkerExtension"
-QUIET = {"disable_log_stats": True, "use_tqdm_on_load": False}
+QUIET: dict[str, Any] = {"disable_log_stats": True, "use_tqdm_on_load": False}
 # Attention kernels for CPUs take blocks of multiples of 32 tokens; small blocks let
 # branches share more. A cache of vLLM's default size would take most of the memory.
-ON_CPU = {
+ON_CPU: dict[str, Any] = {
     "enforce_eager": True,
     # Half a prompt with a seed of its own ends vLLM on a CPU: "Generator does not use
     # offset".
@@ -102,19 +102,19 @@ class VLLMEngine:
             backend = {"object_store": SHARED_MEMORY}.get(
                 weight_transfer, weight_transfer
             )
+            arguments = {
+                **QUIET,
+                **arguments,
+                "model": model,
+                "dtype": dtype,
+                "logprobs_mode": "processed_logprobs",
+                "max_logprobs": -1,
+                "worker_extension_cls": WORKER_EXTENSION,
+                "weight_transfer_config": {"backend": backend},
+                "enable_sleep_mode": colocate,
+            }
             try:
-                self._llm = AsyncLLM.from_engine_args(
-                    AsyncEngineArgs(
-                        model=model,
-                        dtype=dtype,
-                        logprobs_mode="processed_logprobs",
-                        max_logprobs=-1,
-                        worker_extension_cls=WORKER_EXTENSION,
-                        weight_transfer_config={"backend": backend},
-                        enable_sleep_mode=colocate,
-                        **(QUIET | arguments),
-                    )
-                )
+                self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
             except Exception as error:  # boundary: all that can fail at a start
                 raise self._start_failure(error) from error
         self._requests = vllm_requests
@@ -240,7 +240,7 @@ class VLLMEngine:
 
     async def _stream(
         self, request: GenerationRequest, max_tokens: int
-    ) -> AsyncIterator[TokenChunk]:
+    ) -> AsyncGenerator[TokenChunk, None]:
         """What vLLM puts out, piece by piece; the first has one token."""
         adapter, version = self.weights.adapter, self._version
         outputs = self._llm.generate(
@@ -311,15 +311,50 @@ class VLLMEngine:
                     await self.weights.load(version, arrays)
         self._version = version
 
+    async def transfer(self, step: str, argument: Any) -> None:
+        """One step of an update that a learner drives (`vllm_transfer.py`).
+
+        Args:
+            step: "init", "start", "update" or "finish".
+            argument: what vLLM's backend of that name expects; for "finish" the
+                version.
+
+        Raises:
+            EngineError: vLLM failed, and is closed.
+        """
+        from vllm.distributed.weight_transfer.base import (
+            WeightTransferInitRequest,
+            WeightTransferUpdateRequest,
+        )
+
+        llm = self._llm
+        with self._failures(f"transfer of weights, {step}"):
+            if step == "init":
+                await llm.init_weight_transfer_engine(
+                    WeightTransferInitRequest(argument)
+                )
+            elif step == "start":
+                await self._pause()
+                await llm.start_weight_update()
+            elif step == "update":
+                await llm.update_weights(WeightTransferUpdateRequest(argument))
+            else:
+                await llm.finish_weight_update(str(argument))
+                await llm.resume_generation()
+                self._version = argument
+
+    async def _pause(self) -> None:
+        await self._llm.engine_core.pause_scheduler_async(
+            mode="keep", clear_cache=self._reset_prefix_cache
+        )
+
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
         """For an update: no step is taken inside; requests in flight go on after it.
 
         An error inside leaves vLLM with half of the weights, so it closes it.
         """
-        await self._llm.engine_core.pause_scheduler_async(
-            mode="keep", clear_cache=self._reset_prefix_cache
-        )
+        await self._pause()
         try:
             yield
         except BaseException:

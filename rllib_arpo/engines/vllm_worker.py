@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -144,6 +144,8 @@ class SharedMemoryTransfer(WeightTransferEngine[WindowInfo, TensorsInfo]):
         with open(init_info.path, "r+b") as file:
             self._window = mmap.mmap(file.fileno(), init_info.size)
 
+    model: Any
+
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
 
@@ -177,7 +179,7 @@ class SharedMemoryTransfer(WeightTransferEngine[WindowInfo, TensorsInfo]):
         self._window = None
 
 
-def _repack_tied_head(model: nn.Module) -> None:
+def _repack_tied_head(model: Any) -> None:
     """On CPUs a tied output layer holds a packed copy that a reload passes by."""
     if not model.config.tie_word_embeddings:
         return

@@ -16,12 +16,13 @@ Where this differs from RLlib's own loop, and why:
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from ray.actor import ActorHandle
 from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.core.learner.learner import Learner
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
@@ -55,6 +56,9 @@ from rllib_arpo.learner.training_data import TreeTrainingData, as_tree_data
 from rllib_arpo.rl_module import CausalLMRLModule, EntropyMode
 from rllib_arpo.tree import RolloutTree
 
+if TYPE_CHECKING:
+    from rllib_arpo.engines.vllm_transfer import WeightSender
+
 SCHEDULE = "schedule"
 DIFFERENCE = "sampler_logprob_difference"
 
@@ -70,6 +74,8 @@ class ARPOTorchLearner(TorchLearner):
         self.num_optimizer_steps = 0
         self.num_skipped_steps = 0
         self.named_optimizers: list[NamedOptimizer] = []
+        self._weight_sender: WeightSender | None = None
+        self._receivers: list[str] = []
         super().build()
         if self.distributed:
             for parameter in self.language_model.parameters():
@@ -359,14 +365,44 @@ class ARPOTorchLearner(TorchLearner):
         turns = (ALL_MODULES, NUM_ENV_STEPS_TRAINED)
         self.metrics.log_value(turns, sum(map(len, trees)), reduce="sum")
 
-    def engine_state(self) -> dict[str, Any]:
+    def engine_state(self, *, weights: bool = True) -> dict[str, Any]:
         """What an EnvRunner needs to run this policy: weights, version, a probe."""
-        state = self.get_state(components=COMPONENT_RL_MODULE, inference_only=True)
-        return {
-            COMPONENT_RL_MODULE: state[COMPONENT_RL_MODULE],
-            WEIGHTS_SEQ_NO: state[WEIGHTS_SEQ_NO],
+        state: dict[str, Any] = {
+            WEIGHTS_SEQ_NO: self._weights_seq_no,
             WEIGHT_PROBE: self.language_model.weight_probe(),
         }
+        if weights:
+            state |= self.get_state(components=COMPONENT_RL_MODULE, inference_only=True)
+        return state
+
+    def send_weights(
+        self,
+        env_runners: Sequence[tuple[ActorHandle, str]],
+        *,
+        backend: str,
+        workers_each: int,
+    ) -> None:
+        """Send the weights from GPU to GPU; all learners do so at the same time.
+
+        Args:
+            env_runners: their actors and identities; with others than before all
+                meet anew.
+            backend: "nccl" or "ipc".
+            workers_each: GPUs of each EnvRunner.
+        """
+        names = [name for _, name in env_runners]
+        if self._weight_sender is None or names != self._receivers:
+            from rllib_arpo.engines.vllm_transfer import WeightSender
+
+            self._receivers = names
+            self._weight_sender = WeightSender(
+                self.language_model.model,
+                backend=backend,
+                env_runners=[actor for actor, _ in env_runners],
+                workers_each=workers_each,
+                rank=dist.get_rank() if dist.is_initialized() else 0,
+            )
+        self._weight_sender.send(self._weights_seq_no)
 
     @override(TorchLearner)
     def get_state(

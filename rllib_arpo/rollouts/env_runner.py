@@ -12,10 +12,12 @@ loop in a thread of its own, on which all paths of all trees run.
 import asyncio
 import threading
 import time
+import uuid
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 import ray
+from ray.actor import ActorHandle
 from ray.rllib.callbacks.utils import make_callback
 from ray.rllib.core import (
     COMPONENT_RL_MODULE,
@@ -70,6 +72,7 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
         self._env_creator = kwargs.get("env_creator")
         self._callbacks = [cls() for cls in _as_list(self.config.callbacks_class)]
         self._weights_seq_no = 0
+        self._name = uuid.uuid4().hex
         self._engine_counted: dict[str, float] = {}
         self._cursor: TaskCursor | None = None
         self._loop = asyncio.new_event_loop()
@@ -290,17 +293,19 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
 
     @override(Checkpointable)
     def set_state(self, state: dict[str, Any]) -> None:
-        if COMPONENT_RL_MODULE in state:
-            version = state.get(WEIGHTS_SEQ_NO, 0)
-            if version == 0 or version != self._weights_seq_no:
-                weights = state[COMPONENT_RL_MODULE]
-                if isinstance(weights, ray.ObjectRef):
-                    weights = ray.get(weights)
-                weights = weights.get(DEFAULT_MODULE_ID, weights)
-                self._run(self.engine.update_weights(version, weights))
-                if WEIGHT_PROBE in state:
-                    self._check_weights(state[WEIGHT_PROBE])
+        version = state.get(WEIGHTS_SEQ_NO, 0)
+        if COMPONENT_RL_MODULE in state and (
+            version == 0 or version != self._weights_seq_no
+        ):
+            weights = state[COMPONENT_RL_MODULE]
+            if isinstance(weights, ray.ObjectRef):
+                weights = ray.get(weights)
+            weights = weights.get(DEFAULT_MODULE_ID, weights)
+            self._run(self.engine.update_weights(version, weights))
+        if WEIGHTS_SEQ_NO in state:
             self._weights_seq_no = version
+        if WEIGHT_PROBE in state:
+            self._check_weights(state[WEIGHT_PROBE])
         if NUM_ENV_STEPS_SAMPLED_LIFETIME in state:
             self.num_env_steps_sampled_lifetime = state[NUM_ENV_STEPS_SAMPLED_LIFETIME]
         if "task_cursor" in state:
@@ -325,6 +330,15 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
         except WeightSyncError as error:
             return error
         return None
+
+    def transfer(self, step: str, argument: Any) -> None:
+        """One step of a transfer of weights from GPU to GPU; a learner calls it."""
+        engine: Any = self.engine
+        self._run(engine.transfer(step, argument))
+
+    def identity(self) -> tuple[ActorHandle, str]:
+        """This actor, and a name that it loses when it is restarted."""
+        return ray.get_runtime_context().current_actor, self._name
 
     def sleep_engine(self) -> None:
         """Give the engine's memory back until `wake_engine`."""
