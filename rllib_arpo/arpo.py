@@ -308,10 +308,8 @@ class ARPO(Algorithm):
                 state[COMPONENT_RL_MODULE] = ray.put(state[COMPONENT_RL_MODULE])
             return state
 
-        learners = self.learner_group
-        first: Any = None if learners.is_local else [0]
-        answers = learners.foreach_learner(publish, remote_actor_ids=first)
-        state = answers.result_or_errors[0].get()
+        first = None if self.learner_group.is_local else [0]
+        (state,) = self._call_learners(publish, remote_actor_ids=first)
         for error in self._call_engines("take_weights", state=state):
             if error is not None:
                 raise error
@@ -327,8 +325,15 @@ class ARPO(Algorithm):
                 env_runners, backend=backend, workers_each=workers_each
             )
 
-        for answer in self.learner_group.foreach_learner(send).result_or_errors:
-            answer.get()
+        self._call_learners(send)
+
+    def _call_learners(self, function: Any, **kwargs: Any) -> list[Any]:
+        """Results of all learners; the first error is raised, not returned."""
+        answers = self.learner_group.foreach_learner(function, **kwargs)
+        for answer in answers.result_or_errors:
+            if not answer.ok:
+                raise answer.get()
+        return [answer.get() for answer in answers.result_or_errors]
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the trained model as a Hugging Face folder, tokenizer included.
@@ -341,7 +346,7 @@ class ARPO(Algorithm):
             if not dist.is_initialized() or dist.get_rank() == 0:
                 learner.language_model.save_pretrained(folder)
 
-        self.learner_group.foreach_learner(write)
+        self._call_learners(write)
         return folder
 
     @override(Algorithm)
