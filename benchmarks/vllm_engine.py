@@ -122,10 +122,11 @@ def save_model(name: str, folder: Path) -> str:
 @torch.no_grad()
 def _favor_tags(model: Qwen2ForCausalLM, token_id: Any) -> None:
     """Give tags their chances by a number that all embeddings have in common."""
-    hidden, vocab = model.config.hidden_size, model.config.vocab_size
+    vocab = model.config.vocab_size
     model.model.embed_tokens.weight[:, 0] = 1.0
-    # After the last norm it is about this.
-    common = math.sqrt(hidden / (1 + (hidden - 1) * model.config.initializer_range**2))
+    tokens = torch.randint(vocab, (1, 256))
+    # What is left of it after all layers and the last norm.
+    common = model.model(tokens).last_hidden_state[..., 0].mean().item()
     model.lm_head.weight[:, 0] = 0.0
     for tag, chance in TAGS.items():
         model.lm_head.weight[token_id(tag), 0] = math.log(chance * vocab) / common
@@ -230,10 +231,9 @@ class Bare:
                 self._params(request, logprobs),
                 f"{self._rounds}/{number}",
             )
-            async for output in outputs:
-                pass
+            answer = [output async for output in outputs][-1]
             ended[number].set()
-            return list(output.outputs[0].token_ids)
+            return list(answer.outputs[0].token_ids)
 
         return await asyncio.gather(*map(one, range(len(sent))))
 
@@ -523,7 +523,6 @@ def measure_all(folder: Path, rounds: int) -> Results:
         results.add(figure, what, "tokens/s", speeds["exact"], speeds["stock"])
     for name, suffix in (("untied", ""), ("tied", "_tied")):
         ms = measure_update(name, folder, rounds=3 * rounds)
-        what = f"update, {ms['MB']:.0f} MB, {name}, two copies"
         for figure, copies in (
             ("update_vs_copy", "two copies"),
             ("update_vs_one_copy", "one copy"),
@@ -543,12 +542,16 @@ def main() -> None:
         print("vLLM is not installed: nothing is measured, CONTRIBUTING.md says how")
         return
     logging.disable(logging.WARNING)
+    start = time.monotonic()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         results = measure_all(Path(folder), args.rounds)
     device = torch.cuda.get_device_name() if ON_GPU else "CPU"
-    print(f"vLLM, {device}, {torch.get_num_threads()} thread(s)\n")
+    print(
+        f"vLLM on {device}, {torch.get_num_threads()} thread(s), "
+        f"{time.monotonic() - start:.0f} s in all\n"
+    )
     print_table_and_write(results.rows, results.figures, args.json)
 
 
