@@ -41,8 +41,10 @@ Names = list[str]
 
 def parameter_shapes(
     model: str,
-) -> tuple[dict[str, tuple[int, ...]], list[set[str]]]:
+) -> tuple[dict[str, tuple[int, ...]], list[Names]]:
     """Shapes of what a model's state dict names, and the names of each parameter.
+
+    Tied weights have several, the one in a checkpoint first.
 
     Args:
         model: folder or hub name; only its configuration is read.
@@ -51,10 +53,10 @@ def parameter_shapes(
         module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
     module.tie_weights()
     state = module.state_dict(keep_vars=True)
-    names: dict[int, set[str]] = {id(p): set() for p in module.parameters()}
+    names: dict[int, Names] = {id(p): [] for p in module.parameters()}
     for name, tensor in state.items():
         if id(tensor) in names:
-            names[id(tensor)].add(name)
+            names[id(tensor)].append(name)
     return {name: tuple(t.shape) for name, t in state.items()}, list(names.values())
 
 
@@ -68,6 +70,7 @@ class VLLMWeights:
 
     Attributes:
         adapter: of requests to come; None before the first.
+        window_bytes: shared memory for an update, more if a layer needs it.
     """
 
     def __init__(
@@ -77,8 +80,9 @@ class VLLMWeights:
         self.adapters = None if lora is None else AdapterFolders(lora)
         self.adapter: LoRARequest | None = None
         self._num_adapters = 0
-        self._parameters: tuple[dict[str, tuple[int, ...]], list[set[str]]] = ({}, [])
+        self._parameters: tuple[dict[str, tuple[int, ...]], list[Names]] = ({}, [])
         self._window: WeightWindow | None = None
+        self.window_bytes = WINDOW_BYTES
 
     def check(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Refuse what does not fit before anything is touched.
@@ -106,8 +110,11 @@ class VLLMWeights:
 
     async def load(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Put all weights in place, while vLLM is paused."""
-        if self._window is None:
-            self._window = WeightWindow(arrays)
+        # vLLM passes by what a checkpoint of this model would not hold.
+        known = {name: names[0] for names in self._parameters[1] for name in names}
+        arrays = {known[name]: array for name, array in arrays.items()}
+        if self._window is None or not self._window.holds(arrays):
+            self._window = WeightWindow(arrays, limit=self.window_bytes)
             try:
                 await self._llm.init_weight_transfer_engine(
                     WeightTransferInitRequest(self._window.description)
@@ -143,18 +150,22 @@ class WeightWindow:
 
     Args:
         arrays: the weights that will pass; later ones have the same names and sizes.
+        limit: most bytes, but that the largest layer fits.
 
     Attributes:
         path: of the file; memory that is mapped stays when it is removed.
         size: bytes.
     """
 
-    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def __init__(
+        self, arrays: Mapping[str, np.ndarray], *, limit: int = WINDOW_BYTES
+    ) -> None:
+        self._sizes = {name: array.nbytes for name, array in arrays.items()}
         groups = layerwise_groups(list(arrays))
         sizes = [sum(_padded(arrays[name]) for name in group) for group in groups]
         self._parts: list[Names] = [[]]
         filled = 0
-        self.size = max(min(sum(sizes), WINDOW_BYTES), *sizes)
+        self.size = max(min(sum(sizes), limit), *sizes)
         for group, size in zip(groups, sizes, strict=True):
             if filled + size > self.size:
                 self._parts.append([])
@@ -173,6 +184,10 @@ class WeightWindow:
     def description(self) -> dict[str, Any]:
         """What `vllm_worker.WindowInfo` says."""
         return {"path": str(self.path), "size": self.size}
+
+    def holds(self, arrays: Mapping[str, np.ndarray]) -> bool:
+        """Whether these are the weights that it was made for."""
+        return self._sizes == {name: array.nbytes for name, array in arrays.items()}
 
     def fill(self, arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, Any]]:
         """Put the weights into the window, part by part.

@@ -31,6 +31,7 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.sample.sampler import Sampler
@@ -169,6 +170,22 @@ class SharedMemoryTransfer(WeightTransferEngine[WindowInfo, TensorsInfo]):
                 strict=True,
             )
         )
+
+        self._keep_what_waits()
+
+    def _keep_what_waits(self) -> None:
+        """Copy what vLLM has not taken yet, since the window is about to change.
+
+        It waits with a layer until all of its elements are there. A vocabulary that
+        is padded has some that never come, so it waits until the end.
+        """
+        first = torch.frombuffer(self._window, dtype=torch.uint8)
+        window = range(first.data_ptr(), first.data_ptr() + first.numel())
+        for layer in self.model.modules():
+            for _, call in get_layerwise_info(layer).loaded_weights:
+                for name, value in call.arguments.items():
+                    if isinstance(value, Tensor) and value.data_ptr() in window:
+                        call.arguments[name] = value.clone()
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
