@@ -36,6 +36,7 @@ from rllib_arpo.engines.sampling import eos_ids
 from rllib_arpo.engines.vllm_setup import (
     check_arguments,
     check_version,
+    lora_arguments,
     start_environment,
     start_failure,
 )
@@ -98,7 +99,7 @@ class VLLMEngine:
             if on_cpu:
                 arguments = ON_CPU | arguments
             if lora is not None:
-                arguments |= {"enable_lora": True, "max_lora_rank": lora.get("r", 8)}
+                arguments = lora_arguments(lora) | arguments
             backend = {"object_store": SHARED_MEMORY}.get(
                 weight_transfer, weight_transfer
             )
@@ -396,7 +397,11 @@ class VLLMEngine:
     def close(self) -> None:
         """End vLLM's processes; requests in flight fail with `EngineError`."""
         if not self._closed:
+            from vllm.v1.engine.exceptions import EngineDeadError
+
             self._closed = True
+            # vLLM would leave them waiting.
+            self._llm.output_processor.propagate_error(EngineDeadError())
             self._llm.shutdown()
             self.weights.close()
             # vLLM cleans up again when it is freed; too late at the interpreter's end.
@@ -435,7 +440,9 @@ class VLLMEngine:
         try:
             yield
         except EngineDeadError as error:
-            message = f"{what!r}: vLLM's process is dead (log: {self._log_file})"
-            raise EngineError(message) from error
+            reason = f"vLLM's process is dead (log: {self._log_file})"
+            if self._closed:
+                reason = "the engine was closed"
+            raise EngineError(f"{what!r}: {reason}") from error
         except (EngineGenerateError, VLLMClientError, ValueError) as error:
             raise EngineError(f"{what!r}: {error.__cause__ or error}") from error

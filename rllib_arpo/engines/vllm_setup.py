@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from packaging.specifiers import SpecifierSet
 
@@ -88,6 +88,27 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean `{close[0]}`?" if close else ""
             raise ConfigError(f"vLLM has no engine argument `{name}`{hint}")
+
+
+def lora_arguments(lora: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of vLLM for adapters of a rank.
+
+    Raises:
+        ConfigError: vLLM has no room for it.
+    """
+    from vllm.config.lora import MaxLoRARanks
+
+    rank = lora.get("r", 8)
+    rooms = [room for room in get_args(MaxLoRARanks) if room >= rank]
+    if not rooms:
+        most = max(get_args(MaxLoRARanks))
+        raise ConfigError(f"`lora` has rank {rank}; vLLM takes at most {most}")
+    return {
+        "enable_lora": True,
+        "max_lora_rank": min(rooms),
+        # Requests with a new adapter do not wait for those with the last.
+        "max_loras": 2,
+    }
 
 
 @contextlib.contextmanager
