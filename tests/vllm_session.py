@@ -24,6 +24,7 @@ from rllib_arpo.engines.sampling import truncate
 from rllib_arpo.engines.vllm_engine import VLLMEngine
 
 T = TypeVar("T")
+PLAIN = SamplingParams()
 # What a start needs on any machine: no graphs to record, and a small cache.
 SMALL = {
     "enforce_eager": True,
@@ -37,12 +38,13 @@ class VLLMSession:
 
     Attributes:
         model: its folder.
+        log_file: vLLM's.
         engine: bound to the loop, so coroutines go through `run`.
-        processes: what the start has left running.
+        processes: vLLM's.
     """
 
     def __init__(self, model: str, log_file: Path, **settings) -> None:
-        self.model = model
+        self.model, self.log_file = model, log_file
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -54,7 +56,8 @@ class VLLMSession:
         except BaseException:
             self._end_loop()
             raise
-        self.processes = set(psutil.Process().children(recursive=True)) - before
+        started = set(psutil.Process().children(recursive=True)) - before
+        self.processes = {p for p in started if "spawn_main" in " ".join(p.cmdline())}
 
     def run(self, coroutine: Coroutine[object, object, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -172,7 +175,7 @@ def log_distributions(
     model: PreTrainedModel,
     prompt: np.ndarray,
     tokens: np.ndarray,
-    sampling: SamplingParams = SamplingParams(),
+    sampling: SamplingParams = PLAIN,
 ) -> torch.Tensor:
     """[n, V] of each of the tokens, by one plain forward pass over the sequence."""
     ids = torch.from_numpy(np.concatenate([prompt, tokens])).long()
@@ -191,7 +194,7 @@ def reference(
     model: PreTrainedModel,
     prompt: np.ndarray,
     tokens: np.ndarray,
-    sampling: SamplingParams = SamplingParams(),
+    sampling: SamplingParams = PLAIN,
 ) -> tuple[np.ndarray, np.ndarray]:
     """[n] logprobs of tokens and [n] entropies."""
     table = log_distributions(model, prompt, tokens, sampling)
@@ -204,7 +207,7 @@ def assert_exact(
     model: PreTrainedModel,
     prompt: np.ndarray,
     result: TokenChunk,
-    sampling: SamplingParams = SamplingParams(),
+    sampling: SamplingParams = PLAIN,
 ) -> None:
     logprobs, entropies = reference(model, prompt, result.token_ids, sampling)
     assert np.abs(result.logprobs - logprobs).mean() <= 1e-4

@@ -1,10 +1,12 @@
 import asyncio
+from collections.abc import Coroutine, Iterator
 from contextlib import aclosing
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from rllib_arpo.engines.engine import Engine, SamplingParams, TokenChunk
@@ -12,6 +14,11 @@ from rllib_arpo.engines.sampling import token_bytes
 from rllib_arpo.engines.torch_engine import TorchEngine
 from rllib_arpo.envs.almanac_model import TAGS
 from rllib_arpo.errors import EngineError, WeightSyncError
+from rllib_arpo.rollouts.branching import TreeSettings, bernoulli
+from rllib_arpo.rollouts.sampler import grow_tree
+from rllib_arpo.tree import RolloutTree, Task, ToolCall, Turn
+from tests.models import save_tiny_model
+from tests.tokenizers import qwen_like
 from tests.vllm_session import (
     VLLMSession,
     ask,
@@ -19,9 +26,11 @@ from tests.vllm_session import (
     collect,
     joined,
     load,
+    log_distributions,
     moved,
     prompt_of,
     reference,
+    vllm_session,
     weights_of,
 )
 
@@ -362,13 +371,16 @@ def test_requests_in_flight_go_on_with_new_weights(
     new, prompt = moved(almanac_model, 1), prompt_of(40, 6)
 
     async def switch() -> TokenChunk:
+        arrays = weights_of(new)
+        # The first update takes longer, and may not come while there is a turn.
+        await vllm.engine.update_weights(0, weights_of(model))
         task = asyncio.create_task(
             collect(
-                vllm.engine, ask("a", prompt, 300, seed=3, stream_interval=interval)
+                vllm.engine, ask("a", prompt, 460, seed=3, stream_interval=interval)
             )
         )
         await collect(vllm.engine, ask("b", prompt_of(9, 1), 30))
-        await vllm.engine.update_weights(7, weights_of(new))
+        await vllm.engine.update_weights(7, arrays)
         return await task
 
     result = vllm.run(switch())
@@ -426,3 +438,312 @@ def test_tied_weights_come_once_under_either_name(
     vllm.run(vllm.engine.update_weights(1, arrays))
     (result,) = vllm.collect(ask("a", prompt_of(20, 0), 20))
     assert_exact(new, prompt_of(20, 0), result)
+
+
+class ProbingEnv:
+    """A prompt from the seed, and a tool after each of two turns, short ones."""
+
+    stop = ("a", "e", "i", "o", "u")
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.history: list[int] = []
+        self.num_calls = 0
+
+    @property
+    def remaining_tokens(self) -> int:
+        return 8
+
+    def reset(self, *, seed=None, options=None):
+        return prompt_of(12, seed or 0), {}
+
+    def fork(self) -> "ProbingEnv":
+        other = ProbingEnv(self.vocab_size)
+        other.history, other.num_calls = [*self.history], self.num_calls
+        return other
+
+    async def step_async(self, action):
+        self.history += action.tolist()
+        if self.num_calls == 2:
+            return np.zeros(0, np.int32), 1.0, True, False, {}
+        self.num_calls += 1
+        result = prompt_of(3, sum(self.history))
+        self.history += result.tolist()
+        call = ToolCall(name="tool", arguments="", status="ok")
+        turn = Turn(text="", tool_call=call, tool_result="")
+        return result, 0.0, False, False, {"turn": turn}
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_torch_and_vllm_grow_the_same_tree(
+    vllm: VLLMSession, almanac_model: str, seed: int
+) -> None:
+    torch_engine = TorchEngine.from_pretrained(almanac_model)
+
+    def growing(engine: Engine) -> Coroutine[object, object, RolloutTree]:
+        return grow_tree(
+            Task(task_id="t", messages=(), answers=()),
+            env=ProbingEnv(vllm.engine.vocab_size),
+            engine=engine,
+            # Two roots of at most four leaves each: nobody has to hurry for a leaf.
+            settings=TreeSettings(
+                group_size=10,
+                num_initial_rollouts=2,
+                branch_rule=bernoulli,
+                branch_base=0.7,
+                entropy_probe_tokens=5,
+            ),
+            sampling=GREEDY,
+            vocab_size=vllm.engine.vocab_size,
+            seed=seed,
+        )
+
+    ours, theirs = vllm.run(growing(vllm.engine)), asyncio.run(growing(torch_engine))
+    assert any(leaf.origin == "branch" for leaf in ours.leaves)
+    assert ours.leaves == theirs.leaves
+    assert len(ours.segments) == len(theirs.segments)
+    for one, other in zip(ours.segments, theirs.segments, strict=True):
+        assert one.parent == other.parent
+        assert one.role == other.role
+        assert one.finish_reason == other.finish_reason
+        assert one.branch == other.branch
+        for name in ("token_ids", "logprobs", "entropies", "policy_versions"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_an_approximated_entropy_spreads_the_rest_evenly() -> None:
+    from rllib_arpo.engines.vllm_requests import entropy_of_top_k
+
+    table = np.log(np.array([[0.25, 0.25], [0.5, 0.25]]))
+    # p = 1/4, 1/4 and 1/2 over 2 others: four quarters, H = ln 4.
+    assert entropy_of_top_k(table[:1], 4)[0] == pytest.approx(np.log(4))
+    # p = 1/2, 1/4 and 1/4 over 4 others:
+    # H = 1/2 ln 2 + 1/4 ln 4 + 1/4 ln 16 = (1/2 + 1/2 + 1) ln 2.
+    assert entropy_of_top_k(table[1:], 6)[0] == pytest.approx(2 * np.log(2))
+    # One token has it all.
+    assert entropy_of_top_k(np.array([[0.0, -np.inf]]), 9).tolist() == [0.0]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An untied model, with heads of 32, which is the least on CPUs."""
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = qwen_like()
+    tokenizer.save_pretrained(folder)
+    return save_tiny_model(
+        folder, "llama", vocab_size=len(tokenizer), hidden_size=64, tied=False
+    )
+
+
+def test_a_window_passes_weights_in_parts_of_whole_layers() -> None:
+    from rllib_arpo.engines.vllm_weights import WeightWindow
+
+    shapes = {
+        "model.embed_tokens.weight": (10, 4),
+        "model.layers.0.a": (7,),
+        "model.layers.0.b": (3, 5),
+        "model.layers.1.a": (7,),
+        "model.layers.1.b": (3, 5),
+        "model.norm.weight": (4,),
+    }
+    arrays = {
+        name: np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    window = WeightWindow(arrays, limit=1)
+    try:
+        # The largest group, the embeddings: 10 * 4 * 4 = 160 bytes in rows of 64.
+        assert window.size == window.path.stat().st_size == 192
+        parts = []
+        for part in window.fill(arrays):
+            memory = np.fromfile(window.path, np.uint8)
+            for name, shape, offset in zip(
+                part["names"], part["shapes"], part["offsets"], strict=True
+            ):
+                count = 4 * int(np.prod(shape))
+                found = memory[offset : offset + count].view(np.float32)
+                np.testing.assert_array_equal(found.reshape(shape), arrays[name])
+            parts.append(part["names"])
+    finally:
+        window.path.unlink()
+    assert parts == [
+        ["model.embed_tokens.weight"],
+        ["model.layers.0.a", "model.layers.0.b"],
+        ["model.layers.1.a", "model.layers.1.b", "model.norm.weight"],
+    ]
+    one = WeightWindow(arrays)
+    one.path.unlink()
+    assert len(list(one.fill(arrays))) == 1
+
+
+@pytest.fixture(scope="module")
+def keeping(
+    llama: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VLLMSession]:
+    """A vLLM that keeps its prefix cache, and takes weights layer by layer."""
+    log_file = tmp_path_factory.mktemp("keeping") / "vllm.log"
+    with vllm_session(llama, log_file, reset_prefix_cache=False) as session:
+        session.engine.weights.window_bytes = 1
+        yield session
+
+
+def test_an_untied_model_takes_weights_of_any_dtype_layer_by_layer(
+    keeping: VLLMSession, llama: str
+) -> None:
+    for version, dtype in enumerate((ml_dtypes.bfloat16, np.float32), start=1):
+        new = moved(llama, version)
+        if dtype == ml_dtypes.bfloat16:
+            for parameter in new.parameters():
+                parameter.data = parameter.data.bfloat16().float()
+        arrays = {n: a.astype(dtype) for n, a in weights_of(new).items()}
+        keeping.run(keeping.engine.update_weights(version, arrays))
+        text = prompt_of(64, version)
+        expected, _ = reference(new, text[:1], text[1:])
+        assert np.abs(keeping.score(text) - expected).mean() <= 1e-4
+
+
+def test_a_prefix_cache_that_is_kept_serves_old_keys(
+    keeping: VLLMSession, llama: str
+) -> None:
+    prompt = prompt_of(100, 20)
+    keeping.collect(ask("a", prompt, 1))
+    new = moved(llama, 9)
+    keeping.update(9, new)
+    before = keeping.engine.metrics()["num_cached_prompt_tokens"]
+    (result,) = keeping.collect(ask("a", prompt, 20))
+    # 100 = 3 blocks of 32 and 4.
+    assert keeping.engine.metrics()["num_cached_prompt_tokens"] - before >= 96
+    expected, _ = reference(new, prompt, result.token_ids)
+    assert np.abs(result.logprobs - expected).mean() > 1e-3
+
+
+def test_a_closed_engine_fails_what_is_in_flight_and_what_comes(
+    llama: str, keeping: VLLMSession
+) -> None:
+    async def close() -> None:
+        async with asyncio.timeout(60):
+            stream = keeping.engine.generate(ask("a", prompt_of(9, 0), 400))
+            await anext(stream)
+            keeping.engine.close()
+            with pytest.raises(EngineError, match="'a'"):
+                while True:
+                    await anext(stream)
+            with pytest.raises(EngineError, match="closed"):
+                await collect(keeping.engine, ask("b", prompt_of(9, 0)))
+            with pytest.raises(EngineError, match="closed"):
+                await keeping.engine.score(prompt_of(9, 0))
+
+    keeping.run(close())
+
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+
+
+@pytest.fixture(scope="module")
+def adapted(
+    llama: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VLLMSession]:
+    """A vLLM whose updates are adapters, and whose entropies are approximations."""
+    log_file = tmp_path_factory.mktemp("adapted") / "vllm.log"
+    with vllm_session(llama, log_file, lora=LORA, entropy_top_k=20) as session:
+        yield session
+
+
+def adapter(model: PreTrainedModel, seed: int) -> dict[str, np.ndarray]:
+    """An adapter's arrays; the model gets what they stand for: W + α/r · B A."""
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for name, parameter in model.named_parameters():
+        if not name.endswith(("q_proj.weight", "v_proj.weight")):
+            continue
+        rows, columns = parameter.shape
+        a, b = rng.normal(size=(4, columns)), rng.normal(size=(rows, 4))
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        arrays[f"{stem}.lora_A.weight"] = a.astype(np.float32) * 0.1
+        arrays[f"{stem}.lora_B.weight"] = b.astype(np.float32) * 0.1
+        change = 2.0 * 0.01 * (b @ a)  # 8 / 4 = 2
+        parameter.data += torch.from_numpy(change).float()
+    return arrays
+
+
+def test_approximated_entropies_are_named_in_the_metrics(
+    adapted: VLLMSession, vllm: VLLMSession, llama: str
+) -> None:
+    from rllib_arpo.engines.vllm_requests import entropy_of_top_k
+
+    async def lag() -> TokenChunk:
+        chunks = []
+        request = ask("slow", prompt_of(20, 1), 60, stream_interval=1)
+        async for chunk in adapted.engine.generate(request):
+            chunks.append(chunk)
+            await collect(adapted.engine, ask("other", prompt_of(5, 2), 9))
+        assert max(len(chunk.token_ids) for chunk in chunks) > 1
+        return joined(chunks)
+
+    name = "entropy_approximated_by_top_k"
+    assert adapted.engine.metrics()[name] == 20
+    assert name not in vllm.engine.metrics()
+    result = adapted.run(lag())
+    table = log_distributions(load(llama), prompt_of(20, 1), result.token_ids)
+    expected = entropy_of_top_k(table.topk(20).values.numpy(), table.shape[1])
+    np.testing.assert_allclose(result.entropies, expected, atol=1e-3)
+
+
+def test_adapters_are_swapped_by_request(adapted: VLLMSession, llama: str) -> None:
+    first, second, prompt = load(llama), load(llama), prompt_of(40, 3)
+    one, two = adapter(first, 1), adapter(second, 2)
+
+    async def swap() -> tuple[TokenChunk, TokenChunk, bool]:
+        await adapted.engine.update_weights(5, one)
+        stream = adapted.engine.generate(ask("a", prompt, 300, stream_interval=30))
+        async with aclosing(stream):
+            chunks = [await anext(stream)]
+            await adapted.engine.update_weights(6, two)
+            later = await collect(adapted.engine, ask("b", prompt, 20))
+            meanwhile = adapted.engine.metrics()["num_running"] == 1
+            chunks += [chunk async for chunk in stream]
+        return joined(chunks), later, meanwhile
+
+    with pytest.raises(WeightSyncError, match="not an adapter's"):
+        adapted.update(5, first)
+    earlier, later, meanwhile = adapted.run(swap())
+    assert meanwhile
+    for result, model, version in ((earlier, first, 5), (later, second, 6)):
+        assert set(result.policy_versions.tolist()) == {version}
+        expected, _ = reference(model, prompt, result.token_ids)
+        assert np.abs(result.logprobs - expected).mean() <= 1e-4
+    assert len(earlier.token_ids) == 300 or earlier.finish_reason == "eos"
+    expected, _ = reference(second, prompt[:1], prompt[1:])
+    assert np.abs(adapted.score(prompt) - expected).mean() <= 1e-4
+
+
+def test_an_adapter_for_an_engine_without_lora_is_refused(
+    vllm: VLLMSession, almanac_model: str
+) -> None:
+    arrays = adapter(load(almanac_model), 1)
+    with pytest.raises(WeightSyncError, match="give the engine `lora`"):
+        vllm.run(vllm.engine.update_weights(1, arrays))
+
+
+def test_a_killed_process_fails_requests_in_flight_at_once_and_later_ones(
+    adapted: VLLMSession,
+) -> None:
+    async def kill() -> None:
+        streams = [
+            adapted.engine.generate(ask(str(i), prompt_of(9, i), 400)) for i in range(4)
+        ]
+        for stream in streams:
+            await anext(stream)
+        for process in adapted.processes:
+            process.kill()
+        async with asyncio.timeout(10):
+            for stream in streams:
+                with pytest.raises(EngineError, match="is dead"):
+                    while True:
+                        await anext(stream)
+            with pytest.raises(EngineError, match="is dead"):
+                await collect(adapted.engine, ask("b", prompt_of(9, 0)))
+            with pytest.raises(EngineError, match="is dead"):
+                await adapted.engine.score(prompt_of(9, 0))
+
+    adapted.run(kill())
