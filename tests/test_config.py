@@ -105,6 +105,94 @@ def test_contradictions_are_refused_with_both_values_and_the_cure(
         assert word in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"deterministic": True, "num_gpus_per_env_runner": 0},
+            ["`deterministic` (True)", '`engine` "torch"'],
+        ),
+        (
+            {"num_gpus_per_env_runner": 0.5},
+            ["`num_gpus_per_env_runner` (0.5)", "at most 0.5", "`colocate=True`"],
+        ),
+        (
+            {
+                "num_gpus_per_env_runner": 0.5,
+                "engine_kwargs": {"gpu_memory_utilization": 0.8},
+            },
+            ["`gpu_memory_utilization` (0.8)"],
+        ),
+        (
+            {
+                "num_gpus_per_env_runner": 0.5,
+                "engine_kwargs": {"tensor_parallel_size": 2},
+            },
+            ["`num_gpus_per_env_runner` (0.5)", "`tensor_parallel_size` (2)"],
+        ),
+        (
+            {
+                "num_gpus_per_env_runner": 2,
+                "engine_kwargs": {"tensor_parallel_size": 4},
+            },
+            ["`num_gpus_per_env_runner` (2)", "`tensor_parallel_size` (4)"],
+        ),
+        (
+            {"num_gpus_per_env_runner": 1.5},
+            ["`num_gpus_per_env_runner` (1.5)", "whole number"],
+        ),
+        (
+            {"weight_transfer": "nccl", "num_gpus_per_env_runner": 0},
+            ["`weight_transfer` ('nccl')", "`num_gpus_per_env_runner`"],
+        ),
+        ({"weight_transfer": "rdma"}, ["`weight_transfer` ('rdma')", "'ipc'"]),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_what_vllm_cannot_do_is_refused_before_it_starts(settings, words) -> None:
+    config = (
+        arpo_config(FOLDER)
+        .engine("vllm")
+        .debugging(deterministic=False)
+        .env_runners(num_env_runners=1, num_gpus_per_env_runner=1)
+    )
+    for name, value in settings.items():
+        assert hasattr(config, name), name
+        setattr(config, name, value)
+    with pytest.raises(ConfigError) as refused:
+        config.validate()
+    for word in words:
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_gpus_per_env_runner": 0},
+        {"num_gpus_per_env_runner": 2},
+        {"num_gpus_per_env_runner": 0.5, "colocate": True},
+        {
+            "num_gpus_per_env_runner": 0.25,
+            "engine_kwargs": {"gpu_memory_utilization": 0.25},
+        },
+        {"num_gpus_per_env_runner": 1, "weight_transfer": "nccl"},
+    ],
+    ids=str,
+)
+def test_what_vllm_can_do_is_not_refused(settings) -> None:
+    config = arpo_config(FOLDER).engine("vllm").debugging(deterministic=False)
+    config.env_runners(num_env_runners=1)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    config.validate()
+
+
+def test_weights_from_gpu_to_gpu_are_not_for_the_torch_engine() -> None:
+    config = arpo_config(FOLDER).engine(weight_transfer="nccl")
+    with pytest.raises(ConfigError, match="is vLLM's"):
+        config.validate()
+
+
 def test_an_evaluation_without_a_fixed_number_of_tasks_is_refused() -> None:
     config = arpo_config(FOLDER).evaluation(
         evaluation_duration="auto",

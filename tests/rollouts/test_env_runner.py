@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES, INPUT_ENV_SPACES
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
@@ -9,7 +10,9 @@ from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
 from rllib_arpo import Trajectory
 from rllib_arpo.engines.engine import SamplingParams
+from rllib_arpo.engines.weights import WEIGHT_PROBE
 from rllib_arpo.errors import EngineError, RewardError, WeightSyncError
+from rllib_arpo.rl_module import CausalLMRLModule
 from rllib_arpo.rollouts.branching import TreeSettings, never
 from rllib_arpo.rollouts.env_runner import ARPOEnvRunner
 from tests.tiny_runs import arpo_config, engine_weights, same, tasks, token_ids
@@ -93,6 +96,17 @@ def test_the_engine_is_measured_by_what_it_did_since_the_last_metrics(runner) ->
         assert 0 < engine["step_time_s"] <= engine["sample_time_s"]
 
 
+def test_the_hit_rate_is_that_of_the_prefix_cache(runner) -> None:
+    runner.get_metrics()
+    runner.sample(tasks=tasks("train", 2), seeds=[1, 2])
+    engine = MetricsLogger.peek_results(runner.get_metrics())["engine"]
+    # Every turn but the first repeats all that came before.
+    assert 0 < engine["num_cached_prompt_tokens"] < engine["num_prompt_tokens"]
+    assert engine["prefix_cache_hit_rate"] == pytest.approx(
+        engine["num_cached_prompt_tokens"] / engine["num_prompt_tokens"]
+    )
+
+
 def test_weights_are_taken_upwards_and_downwards_but_not_twice(runner) -> None:
     base = engine_weights(runner)
     one = {name: array + 1 for name, array in base.items()}
@@ -117,6 +131,30 @@ def test_weights_that_do_not_fit_are_refused(runner) -> None:
     with pytest.raises(WeightSyncError):
         runner.set_state(state({"no.such.weight": np.zeros(1, np.float32)}, 77))
     assert same(engine_weights(runner), base)
+
+
+def test_weights_are_checked_by_a_probe_of_the_learner(runner, almanac_model) -> None:
+    learner = CausalLMRLModule(model_config={"model": almanac_model})
+    sent = state(learner.get_state(inference_only=True), 11)
+    assert runner.take_weights({**sent, WEIGHT_PROBE: learner.weight_probe()}) is None
+    engine = MetricsLogger.peek_results(runner.get_metrics())["engine"]
+    assert engine["weight_probe_error"] < 1e-5
+    # The learner has gone on, the weights have not.
+    with torch.no_grad():
+        learner.model.model.norm.weight.mul_(1.5)
+    probe = learner.weight_probe()
+    wrong = runner.take_weights({WEIGHTS_SEQ_NO: 12, WEIGHT_PROBE: probe})
+    assert isinstance(wrong, WeightSyncError)
+    assert "does not run the learner's weights" in str(wrong)
+
+
+def test_an_engine_sleeps_and_wakes(runner) -> None:
+    before = runner.sample(tasks=tasks("train", 1), seeds=[5])
+    runner.sleep_engine()
+    assert runner.engine.metrics()["prefix_cache_tokens"] == 0
+    runner.wake_engine()
+    after = runner.sample(tasks=tasks("train", 1), seeds=[5])
+    assert token_ids(after) == token_ids(before)
 
 
 def broken_reward(trajectory: Trajectory) -> float:
