@@ -43,8 +43,20 @@ class WorkerExtension:
     """Its import is what matters."""
 
 
+# Numbers that fit into the cache of a CPU's core.
+_CACHED = 2**18
+
+
 def entropy(logprobs: Tensor) -> Tensor:
-    """H = -Σ p ln p in nats over the last dimension; -inf counts nothing."""
+    """[B] H = -Σ p ln p in nats of [B, V] log-probabilities; -inf counts nothing."""
+    if logprobs.device.type != "cpu":
+        return _entropy(logprobs)
+    # Row by row, since the steps between would fill fresh memory with whole tables.
+    rows = max(_CACHED // logprobs.shape[-1], 1)
+    return torch.cat([_entropy(part) for part in logprobs.split(rows)])
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
     # 0 · -inf would be NaN. The fastest of the exact forms on a CPU.
     return -torch.linalg.vecdot(logprobs.exp(), logprobs.clamp_min(-1e4))
 
