@@ -288,6 +288,14 @@ class ARPO(Algorithm):
                 )
             time.sleep(1.0)
 
+    @override(Algorithm)
+    def restore_env_runners(self, env_runner_group: EnvRunnerGroup) -> list[int]:
+        restored = super().restore_env_runners(env_runner_group)
+        if restored and self.config.weight_transfer != "object_store":
+            # RLlib gave them the weights as arrays, which they do not take.
+            self.sync_weights()
+        return restored
+
     def sync_weights(self) -> None:
         """Give the learners' weights to the training EnvRunners, and wait for it.
 

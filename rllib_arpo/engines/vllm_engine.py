@@ -331,6 +331,7 @@ class VLLMEngine:
         llm = self._llm
         with self._failures(f"transfer of weights, {step}"):
             if step == "init":
+                self.weights.forget_window()
                 await llm.init_weight_transfer_engine(
                     WeightTransferInitRequest(argument)
                 )

@@ -127,6 +127,10 @@ class VLLMWeights:
             await self._llm.update_weights(WeightTransferUpdateRequest(part))
         await self._llm.finish_weight_update(str(version))
 
+    def forget_window(self) -> None:
+        """The workers have mapped another: the next update begins with a new one."""
+        self._window = None
+
     def swap_adapter(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Give requests to come a new adapter, new in name and number.
 

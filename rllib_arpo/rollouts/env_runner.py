@@ -294,8 +294,11 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
     @override(Checkpointable)
     def set_state(self, state: dict[str, Any]) -> None:
         version = state.get(WEIGHTS_SEQ_NO, 0)
-        if COMPONENT_RL_MODULE in state and (
-            version == 0 or version != self._weights_seq_no
+        by_arrays = self.config.weight_transfer == "object_store"
+        if (
+            by_arrays
+            and COMPONENT_RL_MODULE in state
+            and (version == 0 or version != self._weights_seq_no)
         ):
             weights = state[COMPONENT_RL_MODULE]
             if isinstance(weights, ray.ObjectRef):
