@@ -79,7 +79,8 @@ class Shape:
 SHAPES = {
     "wide": Shape(vocab=8192, hidden=256, layers=4, heads=8),
     "quick": Shape(vocab=700, hidden=64, layers=2, heads=2),
-    "vocabulary": Shape(vocab=151_936, hidden=64, layers=1, heads=2),
+    # Far less work beside the vocabulary than in any model that has so large a one.
+    "vocabulary": Shape(vocab=151_936, hidden=256, layers=4, heads=8),
     "untied": Shape(vocab=2048, hidden=768, layers=6, heads=12),
     "tied": Shape(vocab=2048, hidden=768, layers=6, heads=12, tied=True),
 }

