@@ -46,13 +46,13 @@ from transformers.utils import logging as transformers_logging
 
 from rllib_arpo.config import ARPOConfig
 from rllib_arpo.engines.engine import GenerationRequest, TokenChunk
-from rllib_arpo.engines.vllm_engine import (
+from rllib_arpo.engines.vllm_engine import VLLMEngine
+from rllib_arpo.engines.vllm_setup import (
     ON_CPU,
     QUIET,
     WORKER_EXTENSION,
-    VLLMEngine,
+    start_environment,
 )
-from rllib_arpo.engines.vllm_setup import start_environment
 from rllib_arpo.envs.almanac import AlmanacEnv, AlmanacWorld
 from rllib_arpo.envs.almanac_model import build_tokenizer
 from rllib_arpo.rollouts.env_runner import ARPOEnvRunner

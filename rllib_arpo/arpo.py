@@ -80,7 +80,14 @@ class ARPO(Algorithm):
             else ()
         )
         self._num_trees_started = 0
-        super().setup(config)
+        try:
+            super().setup(config)
+        except IndexError:
+            # RLlib asks the EnvRunners for their spaces, and takes the first answer.
+            cause = cause_of_death(self.env_runner_group)
+            if cause is None:
+                raise
+            raise EngineError(f"No EnvRunner could start: {cause}") from None
         self.sync_weights()
 
     def _make_cursor(self, config: ARPOConfig) -> TaskCursor | None:

@@ -6,6 +6,7 @@ Every message names the settings with their values, and the cure.
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from rllib_arpo.engines.torch_engine import Settings
 from rllib_arpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,6 +57,12 @@ def faults(config: "ARPOConfig") -> Iterator[str]:
 
 def _engine_faults(config: "ARPOConfig") -> Iterator[str]:
     if config.engine_name == "torch":
+        known = sorted(Settings.__annotations__)
+        for name in config.engine_kwargs.keys() - {*known}:
+            yield (
+                f"`engine_kwargs` holds `{name}`, which the torch engine does not know: "
+                f"it takes {', '.join(known)}."
+            )
         if config.weight_transfer != "object_store":
             yield (
                 f"`weight_transfer` ({config.weight_transfer!r}) is vLLM's: the torch "

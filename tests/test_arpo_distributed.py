@@ -113,6 +113,13 @@ def record_trees(learner: Any) -> None:
     learner._run_connectors = recording
 
 
+def test_a_runner_that_cannot_start_says_why(almanac_model, ray_session) -> None:
+    config = arpo_config(almanac_model).env_runners(num_env_runners=1)
+    config.engine(engine_kwargs={"max_model_len": 10**6})
+    with pytest.raises(EngineError, match=r"No EnvRunner could start: .*1000000"):
+        config.build_algo()
+
+
 def test_all_hold_the_same_weights_from_the_start(algorithm) -> None:
     assert algorithm.env_runner_group.local_env_runner is None
     assert all_equal(algorithm)

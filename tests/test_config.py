@@ -83,6 +83,7 @@ def test_a_group_changes_only_what_it_was_given() -> None:
         ({"branch_rule": "sometimes"}, ['`branch_rule` ("sometimes")', "bernoulli"]),
         ({"optimizer": "sgd"}, ["`optimizer` ('sgd')", "'adamw'", "'muon'"]),
         ({"engine_name": "vllmm"}, ["`engine_name` ('vllmm')", "'torch'"]),
+        ({"engine_kwargs": {"max_seqs": 2}}, ["`max_seqs`", "max_num_seqs"]),
         ({"packing": "trees"}, ["`packing` ('trees')", "'paths'"]),
         (
             {"evaluation_interval": 5, "eval_tasks": None},

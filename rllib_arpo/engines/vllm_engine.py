@@ -28,33 +28,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from rllib_arpo.engines.engine import GenerationRequest, TokenChunk, request_problem
 from rllib_arpo.engines.sampling import eos_ids
-from rllib_arpo.engines.vllm_setup import (
-    check_arguments,
-    check_version,
-    lora_arguments,
-    start_environment,
-    start_failure,
-)
+from rllib_arpo.engines.vllm_setup import start_failure, start_llm
 from rllib_arpo.errors import ConfigError, EngineError
 from rllib_arpo.tree import NO_FLOATS, NO_INTS
-
-WORKER_EXTENSION = "rllib_arpo.engines.vllm_worker.WorkerExtension"
-QUIET: dict[str, Any] = {"disable_log_stats": True, "use_tqdm_on_load": False}
-# Attention kernels for CPUs take blocks of multiples of 32 tokens; small blocks let
-# branches share more. A cache of vLLM's default size would take most of the memory.
-ON_CPU: dict[str, Any] = {
-    "enforce_eager": True,
-    # Half a prompt with a seed of its own ends vLLM on a CPU: "Generator does not use
-    # offset".
-    "enable_chunked_prefill": False,
-    "block_size": 32,
-    "kv_cache_memory_bytes": 512 * 2**20,
-}
 
 
 class VLLMEngine:
@@ -77,47 +57,28 @@ class VLLMEngine:
         log_file: Path | None = None,
         **arguments: Any,
     ) -> None:
-        check_version()
-        on_cpu = not torch.cuda.is_available()
-        if colocate and on_cpu:
-            raise ConfigError(
-                "`colocate` (True) needs a GPU: vLLM gives no memory back on a CPU"
-            )
         self._log_file = log_file or Path(tempfile.mkdtemp()) / "vllm.log"
         self._log_start = (
             self._log_file.stat().st_size if self._log_file.exists() else 0
         )
-        with start_environment(self._log_file, on_cpu=on_cpu):
-            check_arguments(arguments)
-            # vLLM is imported when it was chosen, and only then.
-            from vllm import AsyncEngineArgs
-            from vllm.v1.engine.async_llm import AsyncLLM
-
-            from rllib_arpo.engines import vllm_requests
-            from rllib_arpo.engines.vllm_weights import SHARED_MEMORY, VLLMWeights
-
-            if on_cpu:
-                arguments = ON_CPU | arguments
-            if lora is not None:
-                arguments = lora_arguments(lora) | arguments
-            backend = {"object_store": SHARED_MEMORY}.get(
-                weight_transfer, weight_transfer
+        try:
+            self._llm = start_llm(
+                model,
+                dtype=dtype,
+                lora=lora,
+                weight_transfer=weight_transfer,
+                colocate=colocate,
+                log_file=self._log_file,
+                arguments=arguments,
             )
-            arguments = {
-                **QUIET,
-                **arguments,
-                "model": model,
-                "dtype": dtype,
-                "logprobs_mode": "processed_logprobs",
-                "max_logprobs": -1,
-                "worker_extension_cls": WORKER_EXTENSION,
-                "weight_transfer_config": {"backend": backend},
-                "enable_sleep_mode": colocate,
-            }
-            try:
-                self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-            except Exception as error:  # boundary: all that can fail at a start
-                raise self._start_failure(error) from error
+        except ConfigError:
+            raise
+        except Exception as error:  # boundary: all that can fail at a start
+            raise self._start_failure(error) from error
+        # These import vLLM, which is imported when it was chosen, and only then.
+        from rllib_arpo.engines import vllm_requests
+        from rllib_arpo.engines.vllm_weights import VLLMWeights
+
         self._requests = vllm_requests
         self.weights = VLLMWeights(self._llm, model, lora)
         config = AutoConfig.from_pretrained(model).get_text_config()

@@ -14,14 +14,30 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+import torch
 from packaging.specifiers import SpecifierSet
 
 from rllib_arpo.errors import ConfigError, EngineError
 
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
 SUPPORTED = SpecifierSet(">=0.32,<0.33")
 TESTED = "0.32.0"
+WORKER_EXTENSION = "rllib_arpo.engines.vllm_worker.WorkerExtension"
+QUIET: dict[str, Any] = {"disable_log_stats": True, "use_tqdm_on_load": False}
+# Attention kernels for CPUs take blocks of multiples of 32 tokens; small blocks let
+# branches share more. A cache of vLLM's default size would take most of the memory.
+ON_CPU: dict[str, Any] = {
+    "enforce_eager": True,
+    # Half a prompt with a seed of its own ends vLLM on a CPU: "Generator does not use
+    # offset".
+    "enable_chunked_prefill": False,
+    "block_size": 32,
+    "kv_cache_memory_bytes": 512 * 2**20,
+}
 # Arguments that the engine sets itself, and why.
 RESERVED = {
     "model": "it is the model of `.rl_module(...)`",
@@ -46,6 +62,52 @@ _CURES = {
     "is less than desired": "too little memory is free",
     "MemoryError": "out of memory",
 }
+
+
+def start_llm(
+    model: str,
+    *,
+    dtype: str,
+    lora: Mapping[str, Any] | None,
+    weight_transfer: str,
+    colocate: bool,
+    log_file: Path,
+    arguments: Mapping[str, Any],
+) -> "AsyncLLM":
+    """Start vLLM; the arguments are those of `VLLMEngine.start`.
+
+    Raises:
+        ConfigError: vLLM is missing or not of this version, or an argument is wrong.
+        Exception: whatever vLLM fails with; `start_failure` explains it.
+    """
+    check_version()
+    on_cpu = not torch.cuda.is_available()
+    if colocate and on_cpu:
+        raise ConfigError(
+            "`colocate` (True) needs a GPU: vLLM gives no memory back on a CPU"
+        )
+    with start_environment(log_file, on_cpu=on_cpu, ipc=weight_transfer == "ipc"):
+        check_arguments(arguments)
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from rllib_arpo.engines.vllm_weights import SHARED_MEMORY
+
+        backend = {"object_store": SHARED_MEMORY}.get(weight_transfer, weight_transfer)
+        settings: dict[str, Any] = {
+            **QUIET,
+            **(ON_CPU if on_cpu else {}),
+            **(lora_arguments(lora) if lora is not None else {}),
+            **arguments,
+            "model": model,
+            "dtype": dtype,
+            "logprobs_mode": "processed_logprobs",
+            "max_logprobs": -1,
+            "worker_extension_cls": WORKER_EXTENSION,
+            "weight_transfer_config": {"backend": backend},
+            "enable_sleep_mode": colocate,
+        }
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
 
 
 def check_version() -> None:
@@ -112,12 +174,15 @@ def lora_arguments(lora: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def start_environment(log_file: Path, *, on_cpu: bool) -> Iterator[None]:
+def start_environment(
+    log_file: Path, *, on_cpu: bool, ipc: bool = False
+) -> Iterator[None]:
     """Environment variables for the time in which vLLM is imported and started.
 
     Args:
         log_file: gets vLLM's log, and that of its processes.
         on_cpu: there is no GPU.
+        ipc: handles of GPU memory travel to vLLM's processes as pickles.
     """
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", suffix=".json") as settings:
@@ -135,6 +200,8 @@ def start_environment(log_file: Path, *, on_cpu: bool) -> Iterator[None]:
                 # Compiling small functions costs more than it gains.
                 "TORCHDYNAMO_DISABLE": "1",
             }
+        if ipc:
+            chosen["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         chosen = {k: v for k, v in chosen.items() if k not in os.environ}
         os.environ.update(chosen)
         try:
