@@ -60,7 +60,7 @@ def _engine_faults(config: "ARPOConfig") -> Iterator[str]:
         known = sorted(Settings.__annotations__)
         for name in config.engine_kwargs.keys() - {*known}:
             yield (
-                f"`engine_kwargs` holds `{name}`, which the torch engine does not know: "
+                f"`engine_kwargs` holds `{name}`, unknown to the torch engine: "
                 f"it takes {', '.join(known)}."
             )
         if config.weight_transfer != "object_store":
