@@ -113,6 +113,7 @@ class ARPO(Algorithm):
             self._call_engines("sleep_engine")
         yield
         if self.config.colocate:
+            self._call_learners(lambda learner, *_: learner.free_memory())
             self._call_engines("wake_engine")
 
     def _call_engines(self, method: str, **kwargs: Any) -> list[Any]:

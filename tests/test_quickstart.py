@@ -52,3 +52,26 @@ def test_the_main_job_learns_and_leaves_everything_that_it_promises(
     text = screen.getvalue()
     for words in ("cold start", "after ARPO", "entropy after tools", "the answer is"):
         assert words in text
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_the_main_job_runs_on_vllm_with_the_learners_policy(ray_session, tmp_path):
+    screen = io.StringIO()
+    console = Console(RichConsole(file=screen, width=200, highlight=False))
+    settings = Settings(
+        folder=tmp_path,
+        engine="vllm",
+        sft_iterations=6,
+        rl_iterations=3,
+        num_test_tasks=16,
+    )
+    summary = quickstart(settings, console)
+    assert summary["peak_memory_mb"] < 4000
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len(records) == 3
+    assert all(record["sampler_logprob_difference"] < 1e-4 for record in records)
+    assert "Start the actors and the engine (vllm)" in screen.getvalue()
+    # What vLLM says is in the run's folder, not on the screen.
+    assert "EngineCore" in (tmp_path / "logs" / "vllm_0.log").read_text()

@@ -289,8 +289,8 @@ class VLLMEngine:
             WeightTransferUpdateRequest,
         )
 
-        llm = self._llm
         with self._failures(f"transfer of weights, {step}"):
+            llm = self._llm
             if step == "init":
                 self.weights.forget_window()
                 await llm.init_weight_transfer_engine(

@@ -38,6 +38,9 @@ ON_CPU: dict[str, Any] = {
     "block_size": 32,
     "kv_cache_memory_bytes": 512 * 2**20,
 }
+# Inside of Ray's placement groups vLLM would take Ray's actors for several GPUs, and
+# wait for GPUs that the EnvRunner holds.
+ON_SEVERAL_GPUS: dict[str, Any] = {"distributed_executor_backend": "mp"}
 # Arguments that the engine sets itself, and why.
 RESERVED = {
     "model": "it is the model of `.rl_module(...)`",
@@ -97,6 +100,7 @@ def start_llm(
         settings: dict[str, Any] = {
             **QUIET,
             **(ON_CPU if on_cpu else {}),
+            **(ON_SEVERAL_GPUS if arguments.get("tensor_parallel_size", 1) > 1 else {}),
             **(lora_arguments(lora) if lora is not None else {}),
             **arguments,
             "model": model,
@@ -200,6 +204,9 @@ def start_environment(
                 # Compiling small functions costs more than it gains.
                 "TORCHDYNAMO_DISABLE": "1",
             }
+        else:
+            # Triton's products of float32 have 10 bits else: too far from a learner.
+            chosen["TRITON_F32_DEFAULT"] = "ieee"
         if ipc:
             chosen["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         chosen = {k: v for k, v in chosen.items() if k not in os.environ}

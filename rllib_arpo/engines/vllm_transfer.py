@@ -6,18 +6,23 @@ drives it: it calls `transfer` of every EnvRunner and sends at the same time.
 """
 
 import base64
+import math
 import pickle
 import socket
 from collections.abc import Sequence
 from typing import Any
 
 import ray
+import torch
 from ray.actor import ActorHandle
 from torch import nn
 from vllm.distributed.weight_transfer.base import ModuleSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+from vllm.distributed.weight_transfer.packed_tensor import (
+    DEFAULT_PACKED_BUFFER_SIZE_BYTES,
+)
 
 
 class EnvRunnerClient:
@@ -87,6 +92,9 @@ class WeightSender:
         rank: int,
     ) -> None:
         self._client = EnvRunnerClient(env_runners, workers_each)
+        source = ModuleSource(model)
+        # Learners on one machine see each other's GPUs; vLLM takes the current one.
+        self._device = next(model.parameters()).device
         if backend == "nccl":
             info = NCCLTrainerInitInfo(
                 rank=rank,
@@ -95,15 +103,26 @@ class WeightSender:
                 world_size=1 + len(env_runners) * workers_each,
             )
         else:
-            info = IPCTrainerInitInfo(rank=rank, packed=True)
-        self._trainer = WeightTransferTrainerFactory.trainer_init(
-            info, client=self._client, source=ModuleSource(model)
-        )
+            largest = max(
+                math.prod(one.shape) * one.dtype.itemsize for one in source.metadata()
+            )
+            info = IPCTrainerInitInfo(
+                rank=rank,
+                packed=True,
+                packed_buffer_size_bytes=max(largest, DEFAULT_PACKED_BUFFER_SIZE_BYTES),
+            )
+        with torch.cuda.device(self._device):
+            self._trainer = WeightTransferTrainerFactory.trainer_init(
+                info, client=self._client, source=source
+            )
 
     def send(self, version: int) -> None:
         """Send all weights; returns when every engine runs them."""
         self._client.version = version
-        self._trainer.send_weights()
+        with torch.cuda.device(self._device):
+            # vLLM reads the weights on streams that do not wait for the last step.
+            torch.cuda.synchronize()
+            self._trainer.send_weights()
 
 
 def _free_port() -> int:

@@ -43,17 +43,19 @@ class WorkerExtension:
     """Its import is what matters."""
 
 
-# Numbers that fit into the cache of a CPU's core.
-_CACHED = 2**18
+# Numbers that fit into the cache of a CPU's core, and into the memory of a GPU that
+# vLLM leaves: it does not count log-probabilities when it measures what it needs.
+_AT_ONCE = {"cpu": 2**18, "cuda": 2**25}
 
 
 def entropy(logprobs: Tensor) -> Tensor:
     """[B] H = -Σ p ln p in nats of [B, V] log-probabilities; -inf counts nothing."""
-    if logprobs.device.type != "cpu":
-        return _entropy(logprobs)
-    # Row by row, since the steps between would fill fresh memory with whole tables.
-    rows = max(_CACHED // logprobs.shape[-1], 1)
-    return torch.cat([_entropy(part) for part in logprobs.split(rows)])
+    return torch.cat([_entropy(part) for part in _row_parts(logprobs)])
+
+
+def _row_parts(table: Tensor) -> tuple[Tensor, ...]:
+    """A few rows at a time, since the steps between need tables of that size."""
+    return table.split(max(_AT_ONCE[table.device.type] // table.shape[-1], 1))
 
 
 def _entropy(logprobs: Tensor) -> Tensor:
@@ -93,8 +95,10 @@ def _gather(logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> Any:
 Sampler.gather_logprobs = staticmethod(_gather)
 
 if current_platform.is_cuda_alike():
-    # GPUs with Triton run another sampler, of functions that it imports by name.
+    # GPUs with Triton run another sampler, of functions that it imports by name; so
+    # does the one that checks the tokens of speculative decoding.
     from vllm.v1.worker.gpu.sample import sampler as gpu_sampler
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 
     _compute_topk_scores = gpu_sampler.compute_topk_scores
 
@@ -107,13 +111,16 @@ if current_platform.is_cuda_alike():
         if num_logprobs != 1:
             return scores
         ids = scores.logprob_token_ids
-        table = logits.float().log_softmax(-1)
+        entropies = torch.cat(
+            [_entropy(part.float().log_softmax(-1)) for part in _row_parts(logits)]
+        )
         return scores._replace(
             logprob_token_ids=torch.cat([ids, _other_ids(ids, logits.shape[-1])], 1),
-            logprobs=torch.cat([scores.logprobs, entropy(table)[:, None]], 1),
+            logprobs=torch.cat([scores.logprobs, entropies[:, None]], 1),
         )
 
     gpu_sampler.compute_topk_scores = _scores
+    rejection_sampler.compute_topk_scores = _scores
 
 
 @dataclass

@@ -375,6 +375,12 @@ class ARPOTorchLearner(TorchLearner):
             state |= self.get_state(components=COMPONENT_RL_MODULE, inference_only=True)
         return state
 
+    def free_memory(self) -> None:
+        """Give GPU memory back that only an update needs."""
+        for named in self.named_optimizers:
+            named.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+
     def send_weights(
         self,
         env_runners: Sequence[tuple[ActorHandle, str]],
