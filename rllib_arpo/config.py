@@ -365,6 +365,8 @@ class ARPOConfig(AlgorithmConfig):
                 "group_size": 1,
                 "num_initial_rollouts": 1,
                 "branch_rule": "never",
+                # RLlib itself brings weights to EnvRunners for evaluation.
+                "weight_transfer": "object_store",
             }
             for name, value in defaults.items():
                 if name not in overrides:

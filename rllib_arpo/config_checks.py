@@ -69,14 +69,7 @@ def _engine_faults(config: "ARPOConfig") -> Iterator[str]:
                 "engine takes weights from the 'object_store'."
             )
         return
-    if config.weight_transfer != "object_store" and not (
-        config.num_env_runners and config.num_gpus_per_env_runner
-    ):
-        yield (
-            f"`weight_transfer` ({config.weight_transfer!r}) goes from GPU to GPU: set "
-            "`num_env_runners` and `num_gpus_per_env_runner`, or take the "
-            "'object_store'."
-        )
+    yield from _transfer_faults(config)
     if config.deterministic:
         yield (
             '`deterministic` (True) is a mode of `engine` "torch": vLLM\'s batches '
@@ -85,7 +78,7 @@ def _engine_faults(config: "ARPOConfig") -> Iterator[str]:
     gpus = config.num_gpus_per_env_runner or 0
     size = config.engine_kwargs.get("tensor_parallel_size", max(int(gpus), 1))
     share = config.engine_kwargs.get("gpu_memory_utilization")
-    if gpus > 1 and gpus != size:
+    if gpus >= 1 and gpus != size:
         yield (
             f"`num_gpus_per_env_runner` ({gpus}) must be a whole number and equal "
             f"`tensor_parallel_size` ({size}): vLLM spreads the model over all GPUs "
@@ -102,6 +95,38 @@ def _engine_faults(config: "ARPOConfig") -> Iterator[str]:
             f"`gpu_memory_utilization` ({share or 'its default, about 0.9'}). Set "
             f'`engine_kwargs={{"gpu_memory_utilization": ...}}` to at most {gpus}, '
             "or `colocate=True` to take turns with a learner."
+        )
+
+
+def _transfer_faults(config: "ARPOConfig") -> Iterator[str]:
+    way, num_learners = config.weight_transfer, config.num_learners or 1
+    engine, learner = config.num_gpus_per_env_runner, config.num_gpus_per_learner
+    if way == "object_store":
+        return
+    if not (config.num_env_runners and engine and learner):
+        yield (
+            f"`weight_transfer` ({way!r}) goes from GPU to GPU: set `num_env_runners`, "
+            "`num_gpus_per_env_runner` and `num_gpus_per_learner`, or take the "
+            "'object_store'."
+        )
+    elif way == "nccl" and (engine < 1 or learner < 1 or config.colocate):
+        yield (
+            "`weight_transfer` ('nccl') needs a GPU of its own for each process: set "
+            f"`num_gpus_per_env_runner` ({engine}) and `num_gpus_per_learner` "
+            f"({learner}) to at least 1 and `colocate` ({config.colocate}) to False, "
+            "or take 'ipc'."
+        )
+    elif way == "ipc" and config.num_learners and (engine >= 1 or learner >= 1):
+        yield (
+            "`weight_transfer` ('ipc') stays on one GPU: set "
+            f"`num_gpus_per_env_runner` ({engine}) and `num_gpus_per_learner` "
+            f"({learner}) to parts of it, or take 'nccl'."
+        )
+    elif way == "ipc" and config.num_env_runners != num_learners:
+        yield (
+            "`weight_transfer` ('ipc') pairs each EnvRunner with the learner of its "
+            f"GPU: `num_env_runners` ({config.num_env_runners}) must be the number of "
+            f"learners ({num_learners})."
         )
 
 

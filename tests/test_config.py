@@ -1,5 +1,7 @@
 """`ARPOConfig`: chained groups, refusals that name the cure, and what survives."""
 
+from typing import Any
+
 import pytest
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 
@@ -146,6 +148,41 @@ def test_contradictions_are_refused_with_both_values_and_the_cure(
             {"weight_transfer": "nccl", "num_gpus_per_env_runner": 0},
             ["`weight_transfer` ('nccl')", "`num_gpus_per_env_runner`"],
         ),
+        (
+            {"weight_transfer": "nccl"},
+            ["`weight_transfer` ('nccl')", "`num_gpus_per_learner`"],
+        ),
+        (
+            {
+                "weight_transfer": "nccl",
+                "num_gpus_per_env_runner": 0.5,
+                "num_gpus_per_learner": 0.5,
+                "colocate": True,
+            },
+            ["`weight_transfer` ('nccl')", "`colocate` (True)", "'ipc'"],
+        ),
+        (
+            {"weight_transfer": "ipc", "num_gpus_per_learner": 1, "num_learners": 1},
+            ["`weight_transfer` ('ipc')", "`num_gpus_per_env_runner` (1)"],
+        ),
+        (
+            {
+                "weight_transfer": "ipc",
+                "num_env_runners": 2,
+                "num_gpus_per_env_runner": 0.5,
+                "num_gpus_per_learner": 0.5,
+                "num_learners": 1,
+                "colocate": True,
+            },
+            ["`num_env_runners` (2)", "learners (1)"],
+        ),
+        (
+            {
+                "num_gpus_per_env_runner": 1,
+                "engine_kwargs": {"tensor_parallel_size": 2},
+            },
+            ["`num_gpus_per_env_runner` (1)", "`tensor_parallel_size` (2)"],
+        ),
         ({"weight_transfer": "rdma"}, ["`weight_transfer` ('rdma')", "'ipc'"]),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
@@ -176,7 +213,18 @@ def test_what_vllm_cannot_do_is_refused_before_it_starts(settings, words) -> Non
             "num_gpus_per_env_runner": 0.25,
             "engine_kwargs": {"gpu_memory_utilization": 0.25},
         },
-        {"num_gpus_per_env_runner": 1, "weight_transfer": "nccl"},
+        {
+            "num_gpus_per_env_runner": 1,
+            "num_gpus_per_learner": 1,
+            "weight_transfer": "nccl",
+        },
+        {
+            "num_gpus_per_env_runner": 0.5,
+            "num_gpus_per_learner": 0.5,
+            "num_learners": 1,
+            "weight_transfer": "ipc",
+            "colocate": True,
+        },
     ],
     ids=str,
 )
@@ -186,6 +234,10 @@ def test_what_vllm_can_do_is_not_refused(settings) -> None:
     for name, value in settings.items():
         setattr(config, name, value)
     config.validate()
+    # RLlib makes and validates it whether or not there are EnvRunners of its own.
+    evaluation: Any = config.get_evaluation_config_object()
+    evaluation.validate()
+    assert evaluation.weight_transfer == "object_store"
 
 
 def test_weights_from_gpu_to_gpu_are_not_for_the_torch_engine() -> None:

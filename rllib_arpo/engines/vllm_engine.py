@@ -282,7 +282,8 @@ class VLLMEngine:
                 version.
 
         Raises:
-            EngineError: vLLM failed, and is closed.
+            EngineError: vLLM failed. An update that fails closes it: it holds half
+                of the weights.
         """
         from vllm.distributed.weight_transfer.base import (
             WeightTransferInitRequest,
@@ -296,15 +297,17 @@ class VLLMEngine:
                 await llm.init_weight_transfer_engine(
                     WeightTransferInitRequest(argument)
                 )
-            elif step == "start":
-                await self._pause()
-                await llm.start_weight_update()
-            elif step == "update":
-                await llm.update_weights(WeightTransferUpdateRequest(argument))
-            else:
-                await llm.finish_weight_update(str(argument))
-                await llm.resume_generation()
-                self._version = argument
+                return
+            with self._closed_by_errors():
+                if step == "start":
+                    await self._pause()
+                    await llm.start_weight_update()
+                elif step == "update":
+                    await llm.update_weights(WeightTransferUpdateRequest(argument))
+                else:
+                    await llm.finish_weight_update(str(argument))
+                    await llm.resume_generation()
+                    self._version = argument
 
     async def _pause(self) -> None:
         await self._llm.engine_core.pause_scheduler_async(
@@ -318,12 +321,17 @@ class VLLMEngine:
         An error inside leaves vLLM with half of the weights, so it closes it.
         """
         await self._pause()
+        with self._closed_by_errors():
+            yield
+        await self._llm.resume_generation()
+
+    @contextmanager
+    def _closed_by_errors(self) -> Iterator[None]:
         try:
             yield
         except BaseException:
             self.close()
             raise
-        await self._llm.resume_generation()
 
     async def sleep(self) -> None:
         """Give the GPU's memory back: weights wait in the host's, the cache is lost."""

@@ -22,7 +22,8 @@ SETTINGS: dict[str, Any] = {"gpu_memory_utilization": 0.2, "max_num_seqs": 64}
 @pytest.fixture(scope="module")
 def sleeper(almanac_model, tmp_path_factory) -> Iterator[VLLMSession]:
     log_file = tmp_path_factory.mktemp("logs") / "vllm.log"
-    with vllm_session(almanac_model, log_file, colocate=True, **SETTINGS) as session:
+    settings = {"kv_cache_memory_bytes": 2 * 2**30, "colocate": True}
+    with vllm_session(almanac_model, log_file, **settings) as session:
         yield session
 
 
