@@ -111,10 +111,12 @@ class ARPO(Algorithm):
         """With `colocate`, engines give their memory to the learners meanwhile."""
         if self.config.colocate:
             self._call_engines("sleep_engine")
-        yield
-        if self.config.colocate:
-            self._call_learners(lambda learner, *_: learner.free_memory())
-            self._call_engines("wake_engine")
+        try:
+            yield
+        finally:
+            if self.config.colocate:
+                self._call_learners(lambda learner, *_: learner.free_memory())
+                self._call_engines("wake_engine")
 
     def _call_engines(self, method: str, **kwargs: Any) -> list[Any]:
         group = self.env_runner_group
