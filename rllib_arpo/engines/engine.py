@@ -5,14 +5,14 @@ whose prompt repeats the tokens so far; engines keep a prefix cache, so repeatin
 them is cheap. Text never enters an engine.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from rllib_arpo.tree import FinishReason
+from rllib_arpo.tree import NO_FLOATS, NO_INTS, FinishReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +76,29 @@ class TokenChunk:
     entropies: np.ndarray
     policy_versions: np.ndarray
     finish_reason: FinishReason | None = None
+
+
+# All that a turn gets whose prompt fills the model's context.
+NO_ROOM = TokenChunk(
+    token_ids=NO_INTS,
+    logprobs=NO_FLOATS,
+    entropies=NO_FLOATS,
+    policy_versions=NO_INTS,
+    finish_reason="length",
+)
+
+
+def join(chunks: Sequence[TokenChunk]) -> TokenChunk:
+    """One chunk of at least one, in their order."""
+    if len(chunks) == 1:
+        return chunks[0]
+    return TokenChunk(
+        token_ids=np.concatenate([chunk.token_ids for chunk in chunks]),
+        logprobs=np.concatenate([chunk.logprobs for chunk in chunks]),
+        entropies=np.concatenate([chunk.entropies for chunk in chunks]),
+        policy_versions=np.concatenate([chunk.policy_versions for chunk in chunks]),
+        finish_reason=chunks[-1].finish_reason,
+    )
 
 
 @runtime_checkable

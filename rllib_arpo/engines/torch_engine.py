@@ -23,11 +23,15 @@ from transformers import (
 )
 
 from rllib_arpo.engines.batch import Batch, Sequence
-from rllib_arpo.engines.engine import GenerationRequest, TokenChunk, request_problem
+from rllib_arpo.engines.engine import (
+    NO_ROOM,
+    GenerationRequest,
+    TokenChunk,
+    request_problem,
+)
 from rllib_arpo.engines.model_runner import ModelRunner, context_length
 from rllib_arpo.engines.sampling import eos_ids, token_bytes
 from rllib_arpo.errors import ConfigError, EngineError
-from rllib_arpo.tree import NO_FLOATS, NO_INTS
 
 # Turns of the event loop without news after which, in deterministic mode, every
 # path has made its move.
@@ -171,13 +175,7 @@ class TorchEngine:
         room = self.max_model_len - len(request.prompt_token_ids)
         if room <= 0:
             self._num_context_overflows += 1
-            yield TokenChunk(
-                token_ids=NO_INTS,
-                logprobs=NO_FLOATS,
-                entropies=NO_FLOATS,
-                policy_versions=NO_INTS,
-                finish_reason="length",
-            )
+            yield NO_ROOM
             return
         sequence = Sequence(request)
         self._waiting[request.request_id] = sequence

@@ -30,11 +30,16 @@ from typing import Any, Self
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from rllib_arpo.engines.engine import GenerationRequest, TokenChunk, request_problem
+from rllib_arpo.engines.engine import (
+    NO_ROOM,
+    GenerationRequest,
+    TokenChunk,
+    join,
+    request_problem,
+)
 from rllib_arpo.engines.sampling import eos_ids
 from rllib_arpo.engines.vllm_setup import start_failure, start_llm
 from rllib_arpo.errors import ConfigError, EngineError
-from rllib_arpo.tree import NO_FLOATS, NO_INTS
 
 
 class VLLMEngine:
@@ -177,13 +182,7 @@ class VLLMEngine:
         room = self.max_model_len - len(request.prompt_token_ids)
         if room <= 0:
             self._counts["num_context_overflows"] += 1
-            yield TokenChunk(
-                token_ids=NO_INTS,
-                logprobs=NO_FLOATS,
-                entropies=NO_FLOATS,
-                policy_versions=NO_INTS,
-                finish_reason="length",
-            )
+            yield NO_ROOM
             return
         waiting: list[TokenChunk] = []
         chunks = self._stream(request, min(request.max_tokens, room))
@@ -197,7 +196,7 @@ class VLLMEngine:
                         continue
                     if reason == "length" and room < request.max_tokens:
                         self._counts["num_context_overflows"] += 1
-                    yield self._requests.join(waiting)
+                    yield join(waiting)
                     waiting = []
 
     async def _stream(

@@ -4,7 +4,6 @@ Entropies travel where vLLM has the second of two log-probabilities (`vllm_worke
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -179,16 +178,3 @@ def _finish_reason(reason: str | None, stop: int | str | None) -> FinishReason |
     if reason is None or reason == "length":
         return reason
     raise EngineError(f"vLLM ended a request with {reason!r}")
-
-
-def join(chunks: Sequence[TokenChunk]) -> TokenChunk:
-    """One chunk of several."""
-    if len(chunks) == 1:
-        return chunks[0]
-    return TokenChunk(
-        token_ids=np.concatenate([chunk.token_ids for chunk in chunks]),
-        logprobs=np.concatenate([chunk.logprobs for chunk in chunks]),
-        entropies=np.concatenate([chunk.entropies for chunk in chunks]),
-        policy_versions=np.concatenate([chunk.policy_versions for chunk in chunks]),
-        finish_reason=chunks[-1].finish_reason,
-    )

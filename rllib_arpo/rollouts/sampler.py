@@ -25,7 +25,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rllib_arpo.engines.engine import Engine, GenerationRequest, SamplingParams
+from rllib_arpo.engines.engine import (
+    Engine,
+    GenerationRequest,
+    SamplingParams,
+    join,
+)
 from rllib_arpo.rollouts.branching import (
     BranchPoint,
     LeafBudget,
@@ -195,12 +200,13 @@ class _Grower:
                     path.initial_entropy = entropy
                 elif path.after_tool:
                     decision = self._decide(path, entropy)
+        whole = join(chunks)
         return _Sampled(
-            token_ids=np.concatenate([chunk.token_ids for chunk in chunks]),
-            logprobs=np.concatenate([chunk.logprobs for chunk in chunks]),
-            entropies=np.concatenate([chunk.entropies for chunk in chunks]),
-            policy_versions=np.concatenate([chunk.policy_versions for chunk in chunks]),
-            finish_reason=chunks[-1].finish_reason,
+            token_ids=whole.token_ids,
+            logprobs=whole.logprobs,
+            entropies=whole.entropies,
+            policy_versions=whole.policy_versions,
+            finish_reason=whole.finish_reason,
             branch=decision,
         )
 
