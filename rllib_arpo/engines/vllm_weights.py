@@ -110,9 +110,10 @@ class VLLMWeights:
 
     async def load(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Put all weights in place, while vLLM is paused."""
-        # vLLM passes by what a checkpoint of this model would not hold.
+        # vLLM passes by what a checkpoint of this model would not hold. Buffers that
+        # are saved have no other name.
         known = {name: names[0] for names in self._parameters[1] for name in names}
-        arrays = {known[name]: array for name, array in arrays.items()}
+        arrays = {known.get(name, name): array for name, array in arrays.items()}
         if self._window is None or not self._window.holds(arrays):
             self._window = WeightWindow(arrays, limit=self.window_bytes)
             try:
