@@ -11,11 +11,9 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
-import torch.distributed as dist
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import COMPONENT_RL_MODULE
 from ray.rllib.core.learner.learner_group import LearnerGroup
@@ -33,6 +31,7 @@ from ray.rllib.utils.metrics import (
 )
 from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
+from rllib_arpo.checkpoints import Checkpoints
 from rllib_arpo.config import ARPOConfig
 from rllib_arpo.data.datasets import TaskCursor
 from rllib_arpo.data.sources import resolve_tasks
@@ -54,7 +53,7 @@ from rllib_arpo.tree import RolloutTree, Task
 MIN_CALLS_FOR_OUTAGE = 20
 
 
-class ARPO(Algorithm):
+class ARPO(Checkpoints, Algorithm):
     """Trains a tool-using language model on trees of rollouts."""
 
     # RLlib declares them as what they are before `setup`.
@@ -352,43 +351,6 @@ class ARPO(Algorithm):
             if not answer.ok:
                 raise answer.get()
         return [answer.get() for answer in answers.result_or_errors]
-
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the trained model as a Hugging Face folder, tokenizer included.
-
-        The first learner writes it, so `folder` must be a path of its machine.
-        """
-        folder = Path(folder).absolute()
-
-        def write(learner: Any, *_: Any) -> None:
-            if not dist.is_initialized() or dist.get_rank() == 0:
-                learner.language_model.save_pretrained(folder)
-
-        self._call_learners(write)
-        return folder
-
-    @override(Algorithm)
-    def get_state(
-        self, components: Any = None, *, not_components: Any = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        state = super().get_state(components, not_components=not_components, **kwargs)
-        state["num_trees_started"] = self._num_trees_started
-        if self._cursor is not None:
-            state["task_cursor"] = self._cursor.get_state()
-        return state
-
-    @override(Algorithm)
-    def set_state(self, state: dict[str, Any]) -> None:
-        super().set_state(state)
-        self._num_trees_started = state.get("num_trees_started", 0)
-        if self._cursor is not None and "task_cursor" in state:
-            self._cursor.set_state(state["task_cursor"])
-
-    @override(Algorithm)
-    def restore_from_path(self, path: Any, *args: Any, **kwargs: Any) -> None:
-        super().restore_from_path(path, *args, **kwargs)
-        # RLlib's own sync is dropped without a word while another is in flight.
-        self.sync_weights()
 
     @classmethod
     @override(Algorithm)

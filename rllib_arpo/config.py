@@ -39,6 +39,7 @@ from rllib_arpo.rollouts.branching import BRANCH_RULES, BranchRule, TreeSettings
 
 if TYPE_CHECKING:
     from rllib_arpo.arpo import ARPO
+    from rllib_arpo.learner_group import ARPOLearnerGroup
 
 # RLlib's mark of a setting that a call leaves as it is; it has no type of its own.
 NOT_PROVIDED: Any = NotProvided
@@ -384,6 +385,24 @@ class ARPOConfig(AlgorithmConfig):
         from rllib_arpo.rl_module import CausalLMRLModule
 
         return RLModuleSpec(module_class=CausalLMRLModule)
+
+    @override(AlgorithmConfig)
+    def build_learner_group(
+        self,
+        *,
+        env: Any = None,
+        spaces: Any = None,
+        rl_module_spec: Any = None,
+        placement_group: Any = None,
+    ) -> "ARPOLearnerGroup":
+        from rllib_arpo.learner_group import ARPOLearnerGroup
+
+        return ARPOLearnerGroup(
+            config=self.copy(),
+            module_spec=rl_module_spec
+            or self.get_multi_rl_module_spec(env=env, spaces=spaces),
+            placement_group=placement_group,
+        )
 
     @property
     @override(AlgorithmConfig)

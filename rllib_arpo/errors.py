@@ -3,6 +3,8 @@
 ARPOError
 ├── ConfigError        a setting, flag or model folder that cannot work
 ├── DataError          a row or file that is wrong: names file, row and field
+├── CheckpointError    a checkpoint or model cannot be written, or is not whole
+├── LearnerError       a learner died
 ├── EngineError        text generation failed
 │   └── WeightSyncError    the sampler does not hold the learner's weights
 ├── ToolError          a tool call failed; shown to the model, never fatal
@@ -22,6 +24,14 @@ class ConfigError(ARPOError, ValueError):
 
 class DataError(ARPOError, ValueError):
     """A row or file is wrong; the message names file, row and field."""
+
+
+class CheckpointError(ARPOError, RuntimeError):
+    """A checkpoint or model cannot be written, or is not whole; names the folder."""
+
+
+class LearnerError(ARPOError, RuntimeError):
+    """A learner died; training can go on from the last checkpoint."""
 
 
 class EngineError(ARPOError, RuntimeError):

@@ -1,0 +1,188 @@
+"""Folders that are whole or not there, whatever happens while they are written.
+
+A folder is written aside, as `NAME.part`, brought to the disk and renamed; a list of
+its files with their sizes, written last, lets a reader refuse a copy that broke off.
+
+1. Where a checkpoint stands already, it steps aside as `NAME.before` and goes when the
+   new one is in place. Whoever meets a `NAME.before` without `NAME` puts it back.
+2. Object stores have no renaming. There the list of files alone says what is whole.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pyarrow import ArrowException
+from pyarrow.fs import FileSelector, FileSystem, FileType
+from safetensors import SafetensorError
+
+from rllib_arpo.errors import CheckpointError
+
+CONTENTS_FILE = "contents.json"
+ASIDE = ".part"
+BEFORE = ".before"
+
+
+@contextmanager
+def storing(place: Path, *, intact: str) -> Iterator[None]:
+    """Turn an error of the file system into one that says what to do.
+
+    Args:
+        place: what is being written.
+        intact: one sentence on what is still there.
+
+    Raises:
+        CheckpointError: a file could not be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or _last_line(error)
+        raise CheckpointError(
+            f"cannot write {place}: {reason} ({_free(place)}). {intact} Free some "
+            "space there or choose another folder, then go on from the last checkpoint."
+        ) from error
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
+def _free(place: Path) -> str:
+    folder = next(path for path in (place, *place.parents) if path.exists())
+    return f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free in {folder}"
+
+
+@contextmanager
+def written_aside(target: Path, *, intact: str) -> Iterator[Path]:
+    """A folder to write to, which becomes `target` when all is written.
+
+    Args:
+        target: not there, empty, or a folder that is to be replaced as a whole.
+        intact: one sentence for the error, on what is still there.
+
+    Yields:
+        The folder beside it; it does not exist yet.
+
+    Raises:
+        CheckpointError: a file could not be written; nothing is left aside.
+    """
+    aside = _beside(target, ASIDE)
+    with storing(target, intact=intact):
+        finish_interrupted(target)
+        if aside.exists():
+            shutil.rmtree(aside)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield aside
+            _to_disk(aside)
+            _put_in_place(aside, target)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            finish_interrupted(target)
+            raise
+
+
+@contextmanager
+def merged_aside(target: Path) -> Iterator[Path]:
+    """A folder to write to, whose files go into `target` when all are written.
+
+    Args:
+        target: it keeps the files that have other names.
+
+    Yields:
+        The folder beside it; it does not exist yet.
+
+    Raises:
+        CheckpointError: a file could not be written; `target` is as it was.
+    """
+    aside = _beside(target, ASIDE)
+    with storing(target, intact="What was there before is intact."):
+        if aside.exists():
+            shutil.rmtree(aside)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield aside
+            _to_disk(aside)
+            if target.exists():
+                for file in sorted(aside.iterdir()):
+                    os.replace(file, target / file.name)
+            else:
+                os.rename(aside, target)
+            _sync(target.parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def finish_interrupted(target: Path) -> None:
+    """Tidy up after a save that was killed while it replaced `target`."""
+    before = _beside(target, BEFORE)
+    if not before.exists():
+        return
+    if target.exists():
+        shutil.rmtree(before)
+    else:
+        os.rename(before, target)
+
+
+def _beside(target: Path, ending: str) -> Path:
+    return target.with_name(target.name + ending)
+
+
+def _put_in_place(aside: Path, target: Path) -> None:
+    before = _beside(target, BEFORE)
+    if target.exists() and any(target.iterdir()):
+        os.rename(target, before)
+    os.rename(aside, target)
+    _sync(target.parent)
+    if before.exists():
+        shutil.rmtree(before)
+
+
+def _to_disk(folder: Path) -> None:
+    """Return when every file and name below `folder` would outlast a power cut."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            _sync(Path(place, name))
+        _sync(Path(place))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_contents(folder: str, filesystem: FileSystem) -> None:
+    """Write the list of the files in `folder` and their sizes, as its last file."""
+    found = filesystem.get_file_info(FileSelector(folder, recursive=True))
+    sizes = {
+        os.path.relpath(info.path, folder): info.size
+        for info in found
+        if info.type == FileType.File
+    }
+    with filesystem.open_output_stream(f"{folder}/{CONTENTS_FILE}") as file:
+        file.write(json.dumps(sizes, indent=2, sort_keys=True).encode())
+
+
+def fault_of(folder: str, filesystem: FileSystem) -> str | None:
+    """Why `folder` is no whole checkpoint; None if it is one."""
+    try:
+        with filesystem.open_input_stream(f"{folder}/{CONTENTS_FILE}") as file:
+            sizes = json.loads(file.readall())
+    except FileNotFoundError:
+        return f"there is no {CONTENTS_FILE} in it"
+    except (OSError, ValueError, ArrowException) as error:
+        return f"its {CONTENTS_FILE} cannot be read: {error}"
+    for name, size in sizes.items():
+        found = filesystem.get_file_info(f"{folder}/{name}")
+        if found.type != FileType.File:
+            return f"it lacks {name}"
+        if found.size != size:
+            return f"{name} has {found.size} bytes of {size}"
+    return None
