@@ -7,8 +7,6 @@ out again when the runner that had them is gone.
 ARPO: arXiv:2507.19849. With `branch_rule="never"` this is GRPO (arXiv:2402.03300).
 """
 
-import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -41,12 +39,15 @@ from rllib_arpo.learner.training_data import TreeTrainingData
 from rllib_arpo.metrics import (
     DYNAMIC_SAMPLING_ROUNDS,
     NUM_TOOL_CALLS,
-    NUM_TREES_REQUEUED,
     TOOL_FAILURE_SHARE,
     tree_metrics,
 )
 from rllib_arpo.rollouts.branching import TreeSettings, derive_seed
-from rllib_arpo.rollouts.env_runner_calls import call_env_runners, cause_of_death
+from rllib_arpo.rollouts.env_runner_calls import (
+    cause_of_death,
+    grow_trees,
+    wait_for_env_runner,
+)
 from rllib_arpo.tree import RolloutTree, Task
 
 # A share of a handful of calls says nothing about an outage.
@@ -216,29 +217,14 @@ class ARPO(Checkpoints, Algorithm):
             RewardError: a reward function failed.
         """
         group = env_runner_group or self.env_runner_group
-        todo = dict(zip(seeds, tasks, strict=True))
-        grown: dict[int, RolloutTree] = {}
-        stats: list[dict[str, Any]] = []
-        num_requeued = 0
-        while todo:
-            answers = call_env_runners(
-                group,
-                list(todo.items()),
-                local=group.num_remote_env_runners() == 0,
-                tree_settings=tree_settings,
-                sampling=sampling,
-            )
-            for trees, runner_stats in answers:
-                grown |= {tree.seed: tree for tree in trees}
-                stats.append(runner_stats)
-            todo = {seed: task for seed, task in todo.items() if seed not in grown}
-            if todo:
-                num_requeued += len(todo)
-                self._wait_for_env_runner(group)
-        trees = [grown[seed] for seed in seeds]
-        logger = MetricsLogger(root=False)
-        logger.log_value(NUM_TREES_REQUEUED, num_requeued, reduce="sum")
-        self.metrics.aggregate([*stats, logger.reduce()], key=results_key)
+        trees, stats = grow_trees(
+            group,
+            list(zip(seeds, tasks, strict=True)),
+            wait=lambda: self._wait_for_env_runner(group),
+            tree_settings=tree_settings,
+            sampling=sampling,
+        )
+        self.metrics.aggregate(stats, key=results_key)
         return trees
 
     def log_trees(
@@ -274,28 +260,11 @@ class ARPO(Checkpoints, Algorithm):
             )
 
     def _wait_for_env_runner(self, group: EnvRunnerGroup) -> None:
-        """Bring back runners; return as soon as one is healthy."""
-        limit = self.config.env_runner_restore_timeout_s
-        if limit is None:
-            limit = math.inf
-        deadline = time.monotonic() + limit
-        while True:
-            self.restore_env_runners(group)
-            if group.num_healthy_remote_env_runners():
-                return
-            cause = cause_of_death(group)
-            if cause is not None:
-                raise EngineError(
-                    f"All EnvRunners are dead and cannot be restarted: {cause}. The "
-                    "last checkpoint is intact."
-                )
-            if time.monotonic() > deadline:
-                raise EngineError(
-                    "All EnvRunners are dead and none came back within "
-                    f"`env_runner_restore_timeout_s` ({limit:g} s). Their logs say "
-                    "why; the last checkpoint is intact."
-                )
-            time.sleep(1.0)
+        wait_for_env_runner(
+            group,
+            restore=lambda: self.restore_env_runners(group),
+            timeout_s=self.config.env_runner_restore_timeout_s,
+        )
 
     @override(Algorithm)
     def restore_env_runners(self, env_runner_group: EnvRunnerGroup) -> list[int]:

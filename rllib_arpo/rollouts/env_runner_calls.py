@@ -1,24 +1,78 @@
 """Calls to EnvRunners, of which any may be dead."""
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, RayError
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
+from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
-from rllib_arpo.errors import ARPOError
+from rllib_arpo.errors import ARPOError, EngineError
+from rllib_arpo.metrics import NUM_TREES_REQUEUED
 from rllib_arpo.tree import RolloutTree, Task
+
+# What there is to do: a tree's seed and its task.
+Job = tuple[int, Task]
+
+
+def grow_trees(
+    group: EnvRunnerGroup,
+    jobs: Sequence[Job],
+    *,
+    wait: Callable[[], None],
+    **kwargs: Any,
+) -> tuple[list[RolloutTree], list[dict[str, Any]]]:
+    """Grow one tree per job, spread over the EnvRunners.
+
+    Jobs of a runner that dies are given to the others; none is lost or grown twice.
+
+    Args:
+        group: the EnvRunners.
+        jobs: their seeds are all different.
+        wait: called when trees are missing; returns when a runner is healthy.
+        **kwargs: of `ARPOEnvRunner.sample`.
+
+    Returns:
+        One tree per job in the order of the jobs, and what is to be aggregated into
+        the metrics.
+
+    Raises:
+        RewardError: a reward function failed.
+    """
+    todo = dict(jobs)
+    grown: dict[int, RolloutTree] = {}
+    stats: list[dict[str, Any]] = []
+    num_requeued = 0
+    while todo:
+        answers = call_env_runners(
+            group,
+            list(todo.items()),
+            local=group.num_remote_env_runners() == 0,
+            **kwargs,
+        )
+        for trees, runner_stats in answers:
+            grown |= {tree.seed: tree for tree in trees}
+            stats.append(runner_stats)
+        todo = {seed: task for seed, task in todo.items() if seed not in grown}
+        if todo:
+            num_requeued += len(todo)
+            wait()
+    logger = MetricsLogger(root=False)
+    logger.log_value(NUM_TREES_REQUEUED, num_requeued, reduce="sum")
+    return [grown[seed] for seed, _ in jobs], [*stats, logger.reduce()]
 
 
 def call_env_runners(
     group: EnvRunnerGroup,
-    jobs: Sequence[tuple[int, Task]],
+    jobs: Sequence[Job],
     *,
     local: bool,
     **kwargs: Any,
 ) -> list[tuple[list[RolloutTree], dict[str, Any]]]:
-    """Spread (seed, task) pairs over the healthy runners; the dead do not answer."""
+    """Spread jobs over the healthy runners; the dead do not answer."""
     ids = [] if local else group.healthy_env_runner_ids()
     parts = [jobs[i :: max(len(ids), 1)] for i in range(max(len(ids), 1))]
     calls = [
@@ -46,6 +100,40 @@ def call_env_runners(
         if isinstance(answer, ARPOError):
             raise answer
     return answers
+
+
+def wait_for_env_runner(
+    group: EnvRunnerGroup, *, restore: Callable[[], Any], timeout_s: float | None
+) -> None:
+    """Bring back runners; return as soon as one is healthy.
+
+    Args:
+        group: the EnvRunners.
+        restore: looks for runners that are back, and gives them weights.
+        timeout_s: how long to try; None tries for ever.
+
+    Raises:
+        EngineError: none came back.
+    """
+    limit = math.inf if timeout_s is None else timeout_s
+    deadline = time.monotonic() + limit
+    while True:
+        restore()
+        if group.num_healthy_remote_env_runners():
+            return
+        cause = cause_of_death(group)
+        if cause is not None:
+            raise EngineError(
+                f"All EnvRunners are dead and cannot be restarted: {cause}. The "
+                "last checkpoint is intact."
+            )
+        if time.monotonic() > deadline:
+            raise EngineError(
+                "All EnvRunners are dead and none came back within "
+                f"`env_runner_restore_timeout_s` ({limit:g} s). Their logs say "
+                "why; the last checkpoint is intact."
+            )
+        time.sleep(1.0)
 
 
 def cause_of_death(group: EnvRunnerGroup) -> str | None:
