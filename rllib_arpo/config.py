@@ -110,6 +110,9 @@ class ARPOConfig(AlgorithmConfig):
         self.max_tokens_per_microbatch = 16_384
         self.dynamic_sampling = False
         self.max_dynamic_sampling_rounds = 3
+        self.asynchronous = False
+        self.max_policy_lag = 1
+        self.max_concurrent_trees: int | None = None
 
         # debugging()
         self.deterministic = False
@@ -272,6 +275,9 @@ class ARPOConfig(AlgorithmConfig):
         max_tokens_per_microbatch: int = NOT_PROVIDED,
         dynamic_sampling: bool = NOT_PROVIDED,
         max_dynamic_sampling_rounds: int = NOT_PROVIDED,
+        asynchronous: bool = NOT_PROVIDED,
+        max_policy_lag: int = NOT_PROVIDED,
+        max_concurrent_trees: int | None = NOT_PROVIDED,
         **kwargs: Any,
     ) -> Self:
         """Set the loss and the optimizer.
@@ -304,6 +310,14 @@ class ARPOConfig(AlgorithmConfig):
             dynamic_sampling: replace trees whose leaves all have the same reward
                 (DAPO), in at most `max_dynamic_sampling_rounds` extra rounds.
             max_dynamic_sampling_rounds: see `dynamic_sampling`.
+            asynchronous: EnvRunners go on sampling while learners update; new
+                weights reach trees that are growing.
+            max_policy_lag: with `asynchronous`, how many updates the oldest token of
+                a tree may lie behind the learner when it is trained on; an older
+                tree is grown again. 0 is the synchronous algorithm. More than 0
+                needs `tis_cap` and `old_logprobs="recompute"`.
+            max_concurrent_trees: with `asynchronous`, trees that an EnvRunner grows
+                at a time; None takes its share of a batch.
             **kwargs: see `AlgorithmConfig.training`; `minibatch_size` counts trees
                 per learner and optimizer step.
         """
@@ -333,6 +347,9 @@ class ARPOConfig(AlgorithmConfig):
             max_tokens_per_microbatch=max_tokens_per_microbatch,
             dynamic_sampling=dynamic_sampling,
             max_dynamic_sampling_rounds=max_dynamic_sampling_rounds,
+            asynchronous=asynchronous,
+            max_policy_lag=max_policy_lag,
+            max_concurrent_trees=max_concurrent_trees,
         )
 
     @override(AlgorithmConfig)

@@ -52,6 +52,7 @@ def faults(config: "ARPOConfig") -> Iterator[str]:
         yield from _batch_faults(config)
         yield from _loss_faults(config)
         yield from _sampling_faults(config)
+        yield from _asynchronous_faults(config)
         yield from _evaluation_faults(config)
 
 
@@ -155,6 +156,8 @@ def _loss_faults(config: "ARPOConfig") -> Iterator[str]:
         )
     if config.dual_clip is not None and config.dual_clip <= 1.0:
         yield f"`dual_clip` ({config.dual_clip}) must be > 1, or None to switch it off."
+    if config.tis_cap is not None and config.tis_cap < 1.0:
+        yield f"`tis_cap` ({config.tis_cap}) must be >= 1, or None to switch it off."
 
 
 def _sampling_faults(config: "ARPOConfig") -> Iterator[str]:
@@ -177,6 +180,49 @@ def _sampling_faults(config: "ARPOConfig") -> Iterator[str]:
             f"`num_initial_rollouts` ({roots}) equals `group_size` "
             f"({config.group_size}), so no leaf is left for a branch. "
             'Lower the first, or set `branch_rule="never"` (GRPO).'
+        )
+
+
+def _asynchronous_faults(config: "ARPOConfig") -> Iterator[str]:
+    if not config.asynchronous:
+        return
+    lag, concurrent = config.max_policy_lag, config.max_concurrent_trees
+    if not config.num_env_runners:
+        yield (
+            "`asynchronous` (True) needs EnvRunners beside the driver: set "
+            f"`.env_runners(num_env_runners=...)` ({config.num_env_runners}) to 1 or "
+            "more."
+        )
+    if lag < 0:
+        yield f"`max_policy_lag` ({lag}) must be >= 0; 0 is the synchronous algorithm."
+    if concurrent is not None and concurrent < 1:
+        yield (
+            f"`max_concurrent_trees` ({concurrent}) must be >= 1, or None for an "
+            "EnvRunner's share of a batch."
+        )
+    if lag > 0 and (config.tis_cap is None or config.old_logprobs != "recompute"):
+        yield (
+            f"`max_policy_lag` ({lag}) trains on tokens of older weights, which needs "
+            f"importance weights: `tis_cap` ({config.tis_cap}) and `old_logprobs` "
+            f"({config.old_logprobs!r}). Set "
+            '`.training(tis_cap=2.0, old_logprobs="recompute")`, or max_policy_lag=0.'
+        )
+    if lag > 0 and config.deterministic:
+        yield (
+            f"`deterministic` (True) cannot hold with `max_policy_lag` ({lag}): which "
+            "tree meets which weights depends on timing. Set "
+            "`.debugging(deterministic=False)`, or max_policy_lag=0."
+        )
+    if config.dynamic_sampling:
+        yield (
+            "`dynamic_sampling` (True) draws a batch again until it is full of trees "
+            "that teach, which `asynchronous` (True) does not wait for. Set one of "
+            "them to False."
+        )
+    if config.colocate:
+        yield (
+            "`colocate` (True) puts the engines to sleep while learners update, "
+            "`asynchronous` (True) keeps them awake. Set one of them to False."
         )
 
 
