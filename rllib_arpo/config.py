@@ -106,8 +106,10 @@ class ARPOConfig(AlgorithmConfig):
         self.lr_total_steps: int | None = None
         self.grad_clip = 1.0
         self.grad_clip_by = "global_norm"
-        self.packing = "paths"
+        self.packing = "tree"
+        self.max_tokens_per_row: int | None = None
         self.max_tokens_per_microbatch = 16_384
+        self.max_skipped_steps = 10
         self.dynamic_sampling = False
         self.max_dynamic_sampling_rounds = 3
         self.asynchronous = False
@@ -272,7 +274,9 @@ class ARPOConfig(AlgorithmConfig):
         lr_warmup_steps: int = NOT_PROVIDED,
         lr_total_steps: int | None = NOT_PROVIDED,
         packing: str = NOT_PROVIDED,
+        max_tokens_per_row: int | None = NOT_PROVIDED,
         max_tokens_per_microbatch: int = NOT_PROVIDED,
+        max_skipped_steps: int = NOT_PROVIDED,
         dynamic_sampling: bool = NOT_PROVIDED,
         max_dynamic_sampling_rounds: int = NOT_PROVIDED,
         asynchronous: bool = NOT_PROVIDED,
@@ -305,8 +309,13 @@ class ARPOConfig(AlgorithmConfig):
             lr_schedule: "constant", "linear" or "cosine", by optimizer step.
             lr_warmup_steps: optimizer steps from 0 to `lr`.
             lr_total_steps: where "linear" and "cosine" reach 0.
-            packing: "paths": every trajectory is a row of its own.
+            packing: "tree" computes a token that trajectories share once; "paths"
+                makes every trajectory a row of its own. Both give the same step.
+            max_tokens_per_row: longer rows of a tree are cut where it branches; None
+                takes `max_tokens_per_microbatch`.
             max_tokens_per_microbatch: padded tokens per forward and backward pass.
+            max_skipped_steps: optimizer steps in a row that may be skipped because
+                their gradient is not finite; one more stops the run.
             dynamic_sampling: replace trees whose leaves all have the same reward
                 (DAPO), in at most `max_dynamic_sampling_rounds` extra rounds.
             max_dynamic_sampling_rounds: see `dynamic_sampling`.
@@ -344,7 +353,9 @@ class ARPOConfig(AlgorithmConfig):
             lr_warmup_steps=lr_warmup_steps,
             lr_total_steps=lr_total_steps,
             packing=packing,
+            max_tokens_per_row=max_tokens_per_row,
             max_tokens_per_microbatch=max_tokens_per_microbatch,
+            max_skipped_steps=max_skipped_steps,
             dynamic_sampling=dynamic_sampling,
             max_dynamic_sampling_rounds=max_dynamic_sampling_rounds,
             asynchronous=asynchronous,

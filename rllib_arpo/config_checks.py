@@ -21,7 +21,7 @@ CHOICES = {
     "advantage_normalization": ("group", "batch"),
     "optimizer": ("adamw", "muon"),
     "lr_schedule": ("constant", "linear", "cosine"),
-    "packing": ("paths",),
+    "packing": ("tree", "paths"),
 }
 
 

@@ -5,6 +5,7 @@ ARPOError
 ├── DataError          a row or file that is wrong: names file, row and field
 ├── CheckpointError    a checkpoint or model cannot be written, or is not whole
 ├── LearnerError       a learner died
+├── DivergenceError    gradients stay infinite or NaN
 ├── EngineError        text generation failed
 │   └── WeightSyncError    the sampler does not hold the learner's weights
 ├── ToolError          a tool call failed; shown to the model, never fatal
@@ -32,6 +33,10 @@ class CheckpointError(ARPOError, RuntimeError):
 
 class LearnerError(ARPOError, RuntimeError):
     """A learner died; training can go on from the last checkpoint."""
+
+
+class DivergenceError(ARPOError, RuntimeError):
+    """Too many optimizer steps in a row had a gradient that is not finite."""
 
 
 class EngineError(ARPOError, RuntimeError):

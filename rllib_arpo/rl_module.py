@@ -9,47 +9,25 @@ State is a flat dict of numpy arrays under Hugging Face parameter names, tied we
 once; bfloat16 travels as the numpy dtype of `ml_dtypes`.
 """
 
-import contextlib
 import json
-import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 import torch
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from ray.rllib.utils.annotations import override
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-)
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
 from rllib_arpo.arrays import to_numpy, to_tensor
 from rllib_arpo.engines.weights import WeightProbe, probe_token_ids
 from rllib_arpo.errors import ConfigError
+from rllib_arpo.learner.scoring import TokenScorer
+from rllib_arpo.pretrained import copy_tokenizer, load_causal_lm, quiet_loading
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "*.model",
-)
-# Logits are made in pieces of at most this many numbers, so that a long micro-batch
-# and a large vocabulary do not have to fit into memory at once.
-MAX_LOGITS = 2**27
-
-EntropyMode = Literal["none", "value", "gradient"]
-Head = Callable[[Tensor], Tensor]
 
 
 class CausalLMRLModule(TorchRLModule):
@@ -82,9 +60,9 @@ class CausalLMRLModule(TorchRLModule):
             )
         self.compute_dtype = DTYPES[dtype]
         stored = self.compute_dtype if self.inference_only else torch.float32
-        self.model = load_causal_lm(self.source, stored)
+        model = load_causal_lm(self.source, stored)
         try:
-            self.head_is_plain = head_is_plain(self.model)
+            self.scorer = TokenScorer(model, self.compute_dtype)
         except AttributeError as error:  # RLlib would swallow it
             raise ConfigError(
                 f"model {self.source!r} is not a causal language model that can be "
@@ -92,10 +70,21 @@ class CausalLMRLModule(TorchRLModule):
             ) from error
         if config.get("gradient_checkpointing"):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.reference: PreTrainedModel | None = None
+        self.reference: TokenScorer | None = None
         if config.get("reference") and not self.inference_only:
-            self.reference = load_causal_lm(self.source, self.compute_dtype)
+            frozen = load_causal_lm(self.source, self.compute_dtype)
+            self.reference = TokenScorer(frozen, self.compute_dtype)
             self.reference.requires_grad_(False)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The Hugging Face model."""
+        return self.scorer.model
+
+    @property
+    def scorers(self) -> list[TokenScorer]:
+        """Of the model, and of the reference if there is one."""
+        return [s for s in (self.scorer, self.reference) if s is not None]
 
     @override(TorchRLModule)
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
@@ -103,63 +92,21 @@ class CausalLMRLModule(TorchRLModule):
 
     @override(TorchRLModule)
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
-        """Score the loss tokens under the distribution that the engine samples from.
+        """Score the loss tokens (see `TokenScorer.forward`).
 
         Args:
-            batch: token_ids, position_ids [B, T] int64 and loss_mask [B, T] bool
-                (False in the first column); "temperature" (default 1) divides the
-                logits; "entropy" is "none", "value" (default) or "gradient".
+            batch: what the scorer takes, and "entropy" for its second argument.
             kwargs: unused.
 
         Returns:
-            [B, T] float32 tensors, zero outside the loss mask: logprobs of the tokens
-            given those before them; entropies in nats, unless "none"; ref_logprobs
-            when there is a reference model.
+            [B, T] float32 tensors, zero outside the loss mask: logprobs, entropies
+            unless "none", and ref_logprobs when there is a reference model.
         """
-        out = self._score(self.model, batch, batch.get("entropy", "value"))
+        out = self.scorer(batch, batch.get("entropy", "value"))
         if self.reference is not None:
             with torch.no_grad():
-                ref = self._score(self.reference, batch, "none")
-            out["ref_logprobs"] = ref["logprobs"]
+                out["ref_logprobs"] = self.reference(batch, "none")["logprobs"]
         return out
-
-    def _score(
-        self, model: PreTrainedModel, batch: Mapping[str, Any], entropy: EntropyMode
-    ) -> dict[str, Tensor]:
-        ids: Tensor = batch["token_ids"]
-        rows, columns = batch["loss_mask"].nonzero(as_tuple=True)
-        targets = ids[rows, columns]
-        inputs = {
-            "input_ids": ids,
-            "position_ids": batch["position_ids"],
-            "use_cache": False,
-        }
-        head: Head
-        with self._autocast(ids.device):
-            # Padding stands on the right, so causal attention alone keeps it out.
-            if self.head_is_plain:
-                hidden = model.base_model(**inputs).last_hidden_state
-                head = cast(Head, model.get_output_embeddings())
-            else:
-                hidden, head = model(**inputs).logits, _identity
-            logprobs, entropies = score_targets(
-                hidden[rows, columns - 1],
-                targets,
-                head,
-                vocab_size=model.config.get_text_config().vocab_size,
-                temperature=float(batch.get("temperature", 1.0)),
-                entropy=entropy,
-            )
-        blank = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
-        out = {"logprobs": blank.index_put((rows, columns), logprobs)}
-        if entropies is not None:
-            out["entropies"] = blank.index_put((rows, columns), entropies)
-        return out
-
-    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
-        if self.compute_dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(device.type, dtype=self.compute_dtype)
 
     @override(TorchRLModule)
     def get_state(
@@ -198,7 +145,7 @@ class CausalLMRLModule(TorchRLModule):
             "position_ids": torch.arange(ids.shape[1], device=ids.device)[None],
             "loss_mask": scored,
         }
-        logprobs = self._score(self.model, batch, "none")["logprobs"][0, 1:]
+        logprobs = self.scorer(batch, "none")["logprobs"][0, 1:]
         return WeightProbe(token_ids=token_ids, logprobs=logprobs.cpu().numpy())
 
     @override(TorchRLModule)
@@ -253,149 +200,3 @@ class CausalLMRLModule(TorchRLModule):
         config["dtype"] = str(self.compute_dtype).removeprefix("torch.")
         config_file.write_text(json.dumps(config, indent=2) + "\n")
         copy_tokenizer(self.source, folder)
-
-
-def _identity(logits: Tensor) -> Tensor:
-    return logits
-
-
-def score_targets(
-    hidden: Tensor,
-    targets: Tensor,
-    head: Head,
-    *,
-    vocab_size: int,
-    temperature: float,
-    entropy: EntropyMode,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of given tokens and entropy, from hidden states.
-
-        log π(y) = z_y/τ - log Σ_j exp(z_j/τ),  H = -Σ_j π_j log π_j,  z = head(h)
-
-    Args:
-        hidden: [n, D], one state before each target.
-        targets: [n] int64.
-        head: [m, D] -> [m, V] logits.
-        vocab_size: V, to choose the size of pieces.
-        temperature: τ > 0.
-        entropy: whether to compute H, and with gradient.
-
-    Returns:
-        [n] float32 logprobs, and [n] float32 entropies or None.
-    """
-
-    def score(part: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(part).float()
-        if temperature != 1:
-            logits = logits / temperature
-        table = logits.log_softmax(-1)
-        chosen = table.gather(-1, wanted[:, None]).squeeze(-1)
-        if entropy == "none":
-            return chosen, chosen
-        with torch.set_grad_enabled(entropy == "gradient" and torch.is_grad_enabled()):
-            return chosen, -(table.exp() * table).sum(-1)
-
-    size = max(MAX_LOGITS // vocab_size, 1)
-    if len(targets) <= size:
-        logprobs, entropies = score(hidden, targets)
-    else:
-        parts = [
-            checkpoint(score, part, wanted, use_reentrant=False)
-            for part, wanted in zip(
-                hidden.split(size), targets.split(size), strict=True
-            )
-        ]
-        logprobs = torch.cat([part[0] for part in parts])
-        entropies = torch.cat([part[1] for part in parts])
-    return logprobs, None if entropy == "none" else entropies
-
-
-def load_causal_lm(source: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a model with all of its weights and without dropout.
-
-    Dropout would make the ratio of new to old probabilities differ from 1 before any
-    step was taken.
-
-    Args:
-        source: folder or hub name.
-        dtype: of the parameters.
-
-    Raises:
-        ConfigError: no such model, or its files are not whole.
-    """
-    folder = Path(source).expanduser()
-    looks_local = folder.exists() or source.startswith((".", "/", "~"))
-    if looks_local and not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"model folder {source!r} has no config.json: give a Hugging Face model "
-            "folder or a hub name"
-        )
-    name = str(folder) if looks_local else source
-    # Boundary: a wrong folder makes the library below raise about anything, and an
-    # AttributeError in `setup` would be swallowed by RLlib.
-    try:
-        with quiet_loading():
-            return _load(name, dtype)
-    except ConfigError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"cannot load model {source!r}: {reason}") from error
-
-
-def _load(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(name)
-    for key, value in config.to_dict().items():
-        if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
-            setattr(config, key, 0.0)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        name, config=config, dtype=dtype, output_loading_info=True
-    )
-    model, report = loaded
-    absent = sorted(report["missing_keys"])
-    if absent:
-        raise ConfigError(
-            f"cannot load model {name!r}: its files lack {len(absent)} weights, "
-            f"first {absent[0]}"
-        )
-    return model
-
-
-@contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """No progress bars of the library, which would break into ours."""
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
-
-
-def head_is_plain(model: PreTrainedModel) -> bool:
-    """Whether logits are just the output embedding of the last hidden state.
-
-    Some families scale or cap them afterwards; those are given their whole forward
-    pass instead of one that skips the positions without loss.
-    """
-    head = model.get_output_embeddings()
-    if head is None or model.base_model is model:
-        return False
-    ids = torch.arange(4)[None] % model.config.get_text_config().vocab_size
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return torch.equal(head(hidden), logits)
-
-
-def copy_tokenizer(source: str, folder: Path) -> None:
-    """Put the tokenizer of `source` into `folder`, byte for byte if it is local."""
-    origin = Path(source).expanduser()
-    if not origin.is_dir():
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-        return
-    for pattern in TOKENIZER_FILES:
-        for file in origin.glob(pattern):
-            if file.resolve() != (folder / file.name).resolve():
-                shutil.copy(file, folder / file.name)

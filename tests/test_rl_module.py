@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from rllib_arpo.arrays import to_numpy, to_tensor
 from rllib_arpo.errors import ConfigError
-from rllib_arpo.rl_module import CausalLMRLModule, score_targets
+from rllib_arpo.learner.scoring import score_targets
+from rllib_arpo.rl_module import CausalLMRLModule
 from tests.learner.helpers import module_spec
 from tests.models import save_tiny_model, tiny_model
 
@@ -69,7 +70,7 @@ def test_models_that_cap_their_logits_are_scored_with_the_cap(tmp_path) -> None:
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     module = build(str(tmp_path))
-    assert not module.head_is_plain
+    assert not module.scorer.head_is_plain
     batch = ragged_batch()
     table = module.model(batch["token_ids"]).logits.log_softmax(-1)
     logprobs = module.forward_train(batch)["logprobs"]
@@ -102,7 +103,7 @@ def test_scores_in_pieces_equal_scores_at_once(monkeypatch) -> None:
     settings = {"vocab_size": 11, "temperature": 1.3, "entropy": "gradient"}
     gradients = []
     for limit in (2**27, 22):
-        monkeypatch.setattr("rllib_arpo.rl_module.MAX_LOGITS", limit)
+        monkeypatch.setattr("rllib_arpo.learner.scoring.MAX_LOGITS", limit)
         logprobs, entropies = score_targets(hidden, targets, head, **settings)
         gradients.append(torch.autograd.grad((logprobs * entropies).sum(), hidden)[0])
     torch.testing.assert_close(*gradients)

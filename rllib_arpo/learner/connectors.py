@@ -17,9 +17,10 @@ from ray.rllib.connectors.learner import LearnerConnectorPipeline
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
-from rllib_arpo.errors import ConfigError
 from rllib_arpo.learner import packing
 from rllib_arpo.learner.advantages import Attribution, Normalization, attribute
+from rllib_arpo.learner.losses import Aggregation
+from rllib_arpo.learner.packing import Packing
 
 if TYPE_CHECKING:
     from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 ADVANTAGES_OF_TREES = "advantages_of_trees"
 REWARD_MEAN = "reward_mean"
 REWARD_STD = "reward_std"
+ROW_COST = "row_cost"
 
 
 class AttributeAdvantages(ConnectorV2):
@@ -97,7 +99,22 @@ class AttributeAdvantages(ConnectorV2):
 
 
 class PackTrees(ConnectorV2):
-    """Writes the rows of all trees as flat columns (see `packing`)."""
+    """Writes the rows of all trees as flat columns (see `packing`).
+
+    `shared_data["row_cost"]`, which the learner fills in, says where trees are cut.
+    """
+
+    def __init__(
+        self,
+        input_observation_space: gym.Space | None = None,
+        input_action_space: gym.Space | None = None,
+        *,
+        layout: Packing = "tree",
+        aggregation: Aggregation = "token_mean",
+    ) -> None:
+        super().__init__(input_observation_space, input_action_space)
+        self.layout: Packing = layout
+        self.aggregation: Aggregation = aggregation
 
     def __call__(
         self,
@@ -108,8 +125,19 @@ class PackTrees(ConnectorV2):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Return `batch` with the columns under the default module's id."""
-        advantages = (shared_data or {}).get(ADVANTAGES_OF_TREES)
-        columns = packing.pack_paths(episodes, advantages)
+        shared = shared_data or {}
+        advantages = shared.get(ADVANTAGES_OF_TREES)
+        if self.layout == "tree":
+            columns = packing.pack_trees(
+                episodes,
+                advantages,
+                aggregation=self.aggregation,
+                cost=shared.get(ROW_COST, packing.NO_CUTS),
+            )
+        else:
+            columns = packing.pack_paths(
+                episodes, advantages, aggregation=self.aggregation
+            )
         batch[DEFAULT_MODULE_ID] = {**batch.get(DEFAULT_MODULE_ID, {}), **columns}
         return batch
 
@@ -125,23 +153,19 @@ def build_learner_pipeline(
 
     Args:
         config: its `learner_connector`'s pieces go first; reads
-            advantage_attribution, advantage_normalization, normalize_by_std, packing.
+            advantage_attribution, advantage_normalization, normalize_by_std, packing,
+            loss_aggregation.
         input_observation_space: passed on to the pieces.
         input_action_space: passed on to the pieces.
         with_advantages: False for supervised training.
-
-    Raises:
-        ConfigError: no such packing.
     """
     spaces: Any = (input_observation_space, input_action_space)
     pieces: list[ConnectorV2] = []
     if config._learner_connector is not None:
         made = config._learner_connector(*spaces)
         pieces.extend([made] if isinstance(made, ConnectorV2) else made)
+    settings = cast("LearnerSettings", config)
     if with_advantages:
-        settings = cast("LearnerSettings", config)
-        if settings.packing != "paths":
-            raise ConfigError(f"packing is {settings.packing!r}: expected 'paths'")
         pieces.append(
             AttributeAdvantages(
                 *spaces,
@@ -150,7 +174,13 @@ def build_learner_pipeline(
                 normalize_by_std=settings.normalize_by_std,
             )
         )
-    pieces.append(PackTrees(*spaces))
+    pieces.append(
+        PackTrees(
+            *spaces,
+            layout=settings.packing,
+            aggregation=settings.loss_aggregation,
+        )
+    )
     return LearnerConnectorPipeline(
         input_observation_space=input_observation_space,
         input_action_space=input_action_space,

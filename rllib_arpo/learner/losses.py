@@ -1,14 +1,16 @@
 """The losses, as pure functions of per-token tensors.
 
-Every function returns one value per token; `token_weights` holds the whole business
-of masking and averaging. Its normaliser is a number given from outside (counted over
-all micro-batches and learners), so that the gradients of micro-batches simply add up
-to the gradient of the full batch.
+Every function returns one value per token. Masking and averaging are all in a token's
+weight W (see `packing`): the loss of an optimizer step is Σ W·L / Σ W, where the sum
+below the line is counted beforehand over all micro-batches and learners, so that
+their gradients simply add up.
+
+    token_mean      every path's token weighs 1       DAPO, arXiv:2503.14476, eq. 8
+    sequence_mean   1 / loss tokens of the path       GRPO, arXiv:2402.03300, eq. 3
 """
 
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 Aggregation = Literal["token_mean", "sequence_mean"]
@@ -22,7 +24,7 @@ class PolicyLoss(NamedTuple):
     Attributes:
         loss: the token's loss.
         ratio: r = π / π_old.
-        clipped: True where clipping took the gradient away.
+        clipped: share of |A⁺| + |A⁻| whose gradient clipping took away.
     """
 
     loss: Tensor
@@ -33,25 +35,33 @@ class PolicyLoss(NamedTuple):
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
-    advantages: Tensor,
+    positive_advantages: Tensor,
+    negative_advantages: Tensor,
     *,
     clip_param: float,
     clip_param_high: float | None = None,
     dual_clip: float | None = None,
 ) -> PolicyLoss:
-    """Clipped surrogate loss of each token.
+    """Clipped surrogate loss of each token, over all paths that hold it.
 
         r = exp(log π - log π_old)
         L = -min(r·Â, clip(r, 1 - ε, 1 + ε_high)·Â)       PPO, arXiv:1707.06347, eq. 7
                                    ε_high ≠ ε: DAPO, arXiv:2503.14476, section 3.1
         Â < 0:  L = min(L, -c·Â)             dual clip, arXiv:1912.09729, section 5.2
 
+    For a positive Â that is -Â·min(r, 1 + ε_high), for a negative one
+    -Â·min(max(r, 1 - ε), c). Both are linear in Â, so paths that share a token may
+    add up their advantages by sign (ARPO's soft attribution, exactly):
+
+        L = -A⁺·min(r, 1 + ε_high) - A⁻·min(max(r, 1 - ε), c)
+
     The log ratio is limited to ±20, so that r cannot overflow.
 
     Args:
         logprobs: [B, T] log π of the current policy, carries the gradient.
         old_logprobs: [B, T] log π_old.
-        advantages: [B, T] Â.
+        positive_advantages: [B, T] A⁺ >= 0.
+        negative_advantages: [B, T] A⁻ <= 0.
         clip_param: ε.
         clip_param_high: ε_high; None means ε.
         dual_clip: c > 1; None turns the dual clip off.
@@ -59,18 +69,17 @@ def policy_loss(
     Returns:
         The loss, the ratio and where it was clipped.
     """
-    high = clip_param if clip_param_high is None else clip_param_high
+    low, high = 1 - clip_param, 1 + (clip_param_high or clip_param)
     log_ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
-    free = -ratio * advantages
-    held = -ratio.clamp(1 - clip_param, 1 + high) * advantages
-    loss = torch.maximum(free, held)
-    clipped = held > free
+    loss = -positive_advantages * ratio.clamp(max=high)
+    loss = loss - negative_advantages * ratio.clamp(min=low, max=dual_clip)
+    held = ratio < low
     if dual_clip is not None:
-        ceiling = torch.where(advantages < 0, -dual_clip * advantages, torch.inf)
-        clipped = clipped | (loss > ceiling)
-        loss = torch.minimum(loss, ceiling)
-    return PolicyLoss(loss, ratio.detach(), clipped)
+        held = held | (ratio > dual_clip)
+    size = positive_advantages - negative_advantages
+    clipped = (ratio > high) * positive_advantages - held * negative_advantages
+    return PolicyLoss(loss, ratio.detach(), clipped / size.where(size > 0, 1.0))
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -113,27 +122,3 @@ def importance_weights(
         [B, T] in (0, C].
     """
     return (old_logprobs - rollout_logprobs).detach().exp().clamp(max=cap)
-
-
-def token_weights(
-    loss_mask: Tensor, *, aggregation: Aggregation, normalizer: float
-) -> Tensor:
-    """Weight of each token in the loss Σ w·L.
-
-        token_mean      w = m / N        N loss tokens     DAPO, arXiv:2503.14476, eq. 8
-        sequence_mean   w = m / (S·|y|)  S rows with loss tokens, |y| those of the row
-                                         GRPO, arXiv:2402.03300, eq. 3
-
-    Args:
-        loss_mask: [B, T] bool, m; a row must be whole.
-        aggregation: which mean.
-        normalizer: N or S of the whole optimizer step, over all its micro-batches
-            and learners.
-
-    Returns:
-        [B, T] float32; the weights of one optimizer step add up to 1.
-    """
-    mask = loss_mask.float()
-    if aggregation == "token_mean":
-        return mask / normalizer
-    return mask / (mask.sum(-1, keepdim=True).clamp(min=1) * normalizer)

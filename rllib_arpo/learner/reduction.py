@@ -23,7 +23,8 @@ class TokenLosses(NamedTuple):
 
     Attributes:
         loss: [B, T], carries the gradient; entries outside the loss mask are ignored.
-        metrics: [B, T] each; logged as the mean over all loss tokens of the update.
+        metrics: [B, T] each; logged as the mean over all loss tokens of the update,
+            each with its weight: a token that paths share counts for all of them.
         maxima: [B, T] each; logged as the maximum over them.
     """
 
@@ -39,13 +40,15 @@ class StepTotals:
     Attributes:
         loss: the exact loss of the step.
         num_tokens: loss tokens.
-        sums: sum of each metric over them.
+        weight: Σ W over them, what losses and metrics are divided by.
+        sums: sum of each metric over them, each token with its weight.
         maxima: maximum of each.
         grad_norm: before clipping; not finite if any learner's was not.
     """
 
     loss: float = 0.0
     num_tokens: int = 0
+    weight: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
     maxima: dict[str, float] = field(default_factory=dict)
     grad_norm: float = 0.0
@@ -54,6 +57,7 @@ class StepTotals:
         """Add the figures of another learner, or of another step."""
         self.loss += other.loss
         self.num_tokens += other.num_tokens
+        self.weight += other.weight
         for name, value in other.sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         for name, value in other.maxima.items():
@@ -83,10 +87,10 @@ def summarize(
     update = StepTotals()
     for step in taken:
         update.add(step)
-    values = {name: value / update.num_tokens for name, value in update.sums.items()}
+    values = {name: value / update.weight for name, value in update.sums.items()}
     for name in first_step_only:
         if name in taken[0].sums:
-            values[name] = taken[0].sums[name] / taken[0].num_tokens
+            values[name] = taken[0].sums[name] / taken[0].weight
     return (
         values
         | update.maxima
@@ -107,8 +111,10 @@ class MicrobatchSums:
         self._maxima: list[Tensor] = []
         self._names: tuple[list[str], list[str]] = ([], [])
 
-    def add(self, loss: Tensor, token_losses: TokenLosses, mask: Tensor) -> None:
-        """Take one micro-batch's loss [] and its figures where `mask` [B, T] is set."""
+    def add(self, loss: Tensor, token_losses: TokenLosses, weights: Tensor) -> None:
+        """Take one micro-batch's loss [] and its figures; `weights` are [B, T]."""
+        mask = weights > 0
+        chosen_weights = weights[mask]
         self._names = list(token_losses.metrics), list(token_losses.maxima)
         self._losses.append(loss.detach())
         for tensors, sums in (
@@ -117,11 +123,15 @@ class MicrobatchSums:
         ):
             if tensors:
                 chosen = torch.stack([t.detach()[mask] for t in tensors.values()])
-                sums.append(chosen.sum(-1) if sums is self._sums else chosen.amax(-1))
+                sums.append(
+                    chosen @ chosen_weights if sums is self._sums else chosen.amax(-1)
+                )
 
-    def totals(self, num_tokens: int, grad_norm: Tensor) -> StepTotals:
+    def totals(self, num_tokens: int, weight: float, grad_norm: Tensor) -> StepTotals:
         """Read everything at once."""
-        totals = StepTotals(num_tokens=num_tokens, grad_norm=float(grad_norm))
+        totals = StepTotals(
+            num_tokens=num_tokens, weight=weight, grad_norm=float(grad_norm)
+        )
         if self._losses:
             totals.loss = float(torch.stack(self._losses).sum())
         if self._sums:

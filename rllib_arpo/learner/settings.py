@@ -5,6 +5,7 @@ from typing import Literal, Protocol
 from rllib_arpo.learner.advantages import Attribution, Normalization
 from rllib_arpo.learner.losses import Aggregation
 from rllib_arpo.learner.optimizers import OptimizerName, Schedule
+from rllib_arpo.learner.packing import Packing
 
 
 class OptimizationSettings(Protocol):
@@ -21,7 +22,10 @@ class OptimizationSettings(Protocol):
     grad_clip: float | None
     num_epochs: int
     minibatch_size: int | None
+    packing: Packing
+    max_tokens_per_row: int | None
     max_tokens_per_microbatch: int
+    max_skipped_steps: int
     loss_aggregation: Aggregation
     seed: int | None
 
@@ -40,4 +44,3 @@ class LearnerSettings(OptimizationSettings, Protocol):
     advantage_attribution: Attribution
     advantage_normalization: Normalization
     normalize_by_std: bool
-    packing: Literal["paths"]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rllib_arpo.learner import packing
 from rllib_arpo.learner.reduction import TokenLosses
+from rllib_arpo.learner.scoring import EntropyMode
 from rllib_arpo.learner.torch_learner import ARPOTorchLearner
-from rllib_arpo.rl_module import EntropyMode
 
 
 class SFTTorchLearner(ARPOTorchLearner):

@@ -33,9 +33,9 @@ from torch import Tensor
 
 from rllib_arpo.arrays import to_numpy
 from rllib_arpo.engines.weights import WEIGHT_PROBE
-from rllib_arpo.errors import ConfigError
-from rllib_arpo.learner import losses, packing
-from rllib_arpo.learner.connectors import REWARD_MEAN, REWARD_STD
+from rllib_arpo.errors import ConfigError, DivergenceError
+from rllib_arpo.learner import losses, microbatches, packing
+from rllib_arpo.learner.connectors import REWARD_MEAN, REWARD_STD, ROW_COST
 from rllib_arpo.learner.optimizers import (
     NamedOptimizer,
     build_optimizers,
@@ -51,9 +51,16 @@ from rllib_arpo.learner.reduction import (
     sum_gradients,
     summarize,
 )
+from rllib_arpo.learner.scoring import EntropyMode
 from rllib_arpo.learner.settings import LearnerSettings
 from rllib_arpo.learner.training_data import TreeTrainingData, as_tree_data
-from rllib_arpo.rl_module import CausalLMRLModule, EntropyMode
+from rllib_arpo.learner.tree_attention import (
+    BLOCK,
+    attention_cost,
+    use_tree_attention,
+    uses_flex_attention,
+)
+from rllib_arpo.rl_module import CausalLMRLModule
 from rllib_arpo.tree import RolloutTree
 
 if TYPE_CHECKING:
@@ -73,13 +80,27 @@ class ARPOTorchLearner(TorchLearner):
     def build(self) -> None:
         self.num_optimizer_steps = 0
         self.num_skipped_steps = 0
+        self._skipped_in_a_row = 0
         self.named_optimizers: list[NamedOptimizer] = []
         self._weight_sender: WeightSender | None = None
         self._receivers: list[str] = []
         super().build()
+        self.row_cost = self._prepare_attention()
         if self.distributed:
             for parameter in self.language_model.parameters():
                 dist.broadcast(parameter.data, src=0)
+
+    def _prepare_attention(self) -> packing.RowCost:
+        """Make the model ready for the rows that it will get, and price them."""
+        settings, model = self.settings, self.language_model.model
+        if settings.packing == "tree":
+            for scorer in self.language_model.scorers:
+                use_tree_attention(scorer.model, torch.device(self._device))
+        return packing.RowCost(
+            attention=attention_cost(model),
+            max_tokens=settings.max_tokens_per_row
+            or settings.max_tokens_per_microbatch,
+        )
 
     @property
     def settings(self) -> LearnerSettings:
@@ -178,7 +199,11 @@ class ARPOTorchLearner(TorchLearner):
             rl_module=self.module,
             batch={},
             episodes=cast(list, data.trees),
-            shared_data={REWARD_MEAN: data.reward_mean, REWARD_STD: data.reward_std},
+            shared_data={
+                REWARD_MEAN: data.reward_mean,
+                REWARD_STD: data.reward_std,
+                ROW_COST: self.row_cost,
+            },
             metrics=self.metrics,
         )
         return batch[DEFAULT_MODULE_ID]
@@ -197,7 +222,7 @@ class ARPOTorchLearner(TorchLearner):
         scores = np.zeros(len(columns[packing.TOKEN_IDS]), np.float32)
         for rows in self._microbatches(columns, np.arange(len(lengths))):
             logprobs = self._forward(columns, rows, "none")[1]["logprobs"]
-            index, valid = packing.row_index(lengths, rows)
+            index, valid = microbatches.row_index(lengths, rows)
             scores[index[valid]] = to_numpy(logprobs)[valid]
         return scores
 
@@ -219,12 +244,12 @@ class ARPOTorchLearner(TorchLearner):
                 seed = (self.settings.seed or 0, self._weights_seq_no, epoch)
                 np.random.default_rng(seed).shuffle(order)
             for part in np.array_split(order, num_steps):
-                yield packing.rows_of_trees(columns, part)
+                yield microbatches.rows_of_trees(columns, part)
 
     def _microbatches(
         self, columns: packing.FlatColumns, rows: np.ndarray
     ) -> list[np.ndarray]:
-        return packing.split_rows(
+        return microbatches.split_rows(
             columns[packing.ROW_LENGTHS],
             rows,
             max_tokens=self.settings.max_tokens_per_microbatch,
@@ -234,7 +259,14 @@ class ARPOTorchLearner(TorchLearner):
         self, columns: packing.FlatColumns, rows: np.ndarray, entropy: EntropyMode
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         batch: dict[str, Any] = {"temperature": self.temperature, "entropy": entropy}
-        batch |= packing.collate(columns, rows, device=self._device)
+        model = self.language_model.model
+        batch |= microbatches.collate(
+            columns,
+            rows,
+            device=self._device,
+            dtype=torch.promote_types(model.dtype, torch.float32),
+            multiple_of=BLOCK if uses_flex_attention(model) else 1,
+        )
         return batch, self.language_model.forward_train(batch)
 
     def compute_token_losses(
@@ -245,7 +277,7 @@ class ARPOTorchLearner(TorchLearner):
             L = w·L_policy + β·KL - c·H        (see `losses` for each term)
 
         Args:
-            batch: a padded micro-batch, as from `packing.collate`.
+            batch: a padded micro-batch, as from `microbatches.collate`.
             fwd_out: what `CausalLMRLModule._forward_train` returned.
 
         Returns:
@@ -257,7 +289,8 @@ class ARPOTorchLearner(TorchLearner):
         policy = losses.policy_loss(
             logprobs,
             old,
-            batch[packing.ADVANTAGES],
+            batch[packing.POSITIVE_ADVANTAGES],
+            batch[packing.NEGATIVE_ADVANTAGES],
             clip_param=settings.clip_param,
             clip_param_high=settings.clip_param_high,
             dual_clip=settings.dual_clip,
@@ -288,31 +321,25 @@ class ARPOTorchLearner(TorchLearner):
         self, *, module_id: str, config: Any, batch: Any, fwd_out: Any
     ) -> Tensor:
         """RLlib's hook: the loss of a padded batch taken as one whole step."""
-        mask = batch[packing.LOSS_MASK]
-        counts = (int(mask.sum()), int(mask.any(-1).sum()))
-        return self._weigh(batch, self.compute_token_losses(batch, fwd_out), counts)
+        total = float(batch[packing.LOSS_WEIGHTS].sum())
+        return self._weigh(batch, self.compute_token_losses(batch, fwd_out), total)
 
     def _weigh(
-        self, batch: Mapping[str, Any], token_losses: TokenLosses, counts: Any
+        self, batch: Mapping[str, Any], token_losses: TokenLosses, total: float
     ) -> Tensor:
-        """Weighted sum of a micro-batch; `counts` are the step's tokens and rows."""
-        aggregation = self.settings.loss_aggregation
-        mask = batch[packing.LOSS_MASK]
-        weights = losses.token_weights(
-            mask,
-            aggregation=aggregation,
-            normalizer=float(counts[0] if aggregation == "token_mean" else counts[1]),
-        )
-        return (weights * token_losses.loss.where(mask, 0.0)).sum()
+        """Weighted sum of a micro-batch; `total` is Σ W of the whole step."""
+        weights = batch[packing.LOSS_WEIGHTS]
+        losses = token_losses.loss.where(batch[packing.LOSS_MASK], 0.0)
+        return (weights / total * losses).sum()
 
     def _train_step(
         self, columns: packing.FlatColumns, rows: np.ndarray
     ) -> StepTotals | None:
         """One optimizer step; None when no learner has a loss token."""
-        tokens = packing.loss_tokens(columns)[rows]
-        own = (int(tokens.sum()), int((tokens > 0).sum()))
-        counts = np.sum(gather(own, distributed=self.distributed), axis=0)
-        if counts[0] == 0:
+        tokens = microbatches.loss_tokens(columns)[rows]
+        own = (int(tokens.sum()), microbatches.loss_weight(columns, rows))
+        total = sum(weight for _, weight in gather(own, distributed=self.distributed))
+        if total == 0:
             return None
         for named in self.named_optimizers:
             named.optimizer.zero_grad(set_to_none=True)
@@ -320,12 +347,12 @@ class ARPOTorchLearner(TorchLearner):
         for chosen in self._microbatches(columns, rows[tokens > 0]):
             batch, fwd_out = self._forward(columns, chosen, self.entropy_mode)
             token_losses = self.compute_token_losses(batch, fwd_out)
-            loss = self._weigh(batch, token_losses, counts)
+            loss = self._weigh(batch, token_losses, total)
             loss.backward()
-            sums.add(loss, token_losses, batch[packing.LOSS_MASK])
-        return self._apply_step(sums, own[0])
+            sums.add(loss, token_losses, batch[packing.LOSS_WEIGHTS])
+        return self._apply_step(sums, own)
 
-    def _apply_step(self, sums: MicrobatchSums, num_tokens: int) -> StepTotals:
+    def _apply_step(self, sums: MicrobatchSums, own: tuple[int, float]) -> StepTotals:
         """Clip and step, unless the gradient of any learner is not finite."""
         parameters = [p for named in self.named_optimizers for p in named.parameters]
         if self.distributed:
@@ -333,12 +360,12 @@ class ARPOTorchLearner(TorchLearner):
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         totals = StepTotals()
-        own = sums.totals(num_tokens, norm)
-        for part in gather(own, distributed=self.distributed):
+        for part in gather(sums.totals(*own, norm), distributed=self.distributed):
             totals.add(part)
         if not math.isfinite(totals.grad_norm):
-            self.num_skipped_steps += 1
+            self._count_skipped_step()
             return totals
+        self._skipped_in_a_row = 0
         if (grad_clip := self.settings.grad_clip) is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
         set_learning_rate(
@@ -352,6 +379,20 @@ class ARPOTorchLearner(TorchLearner):
             named.optimizer.step()
         self.num_optimizer_steps += 1
         return totals
+
+    def _count_skipped_step(self) -> None:
+        """All learners come here together, for they saw the same norms."""
+        self.num_skipped_steps += 1
+        self._skipped_in_a_row += 1
+        limit = self.settings.max_skipped_steps
+        if self._skipped_in_a_row > limit:
+            raise DivergenceError(
+                f"{self._skipped_in_a_row} optimizer steps in a row had a gradient "
+                f"that is not finite, more than `max_skipped_steps` ({limit}). The "
+                "weights are those before the first of them. Look for a reward that "
+                "is not finite; else lower `lr` or `grad_clip`, or take "
+                "`dtype` 'float32', and resume from the last checkpoint."
+            )
 
     def _log_update(self, steps: list[StepTotals], trees: list[RolloutTree]) -> None:
         values: dict[str, float] = {

@@ -113,8 +113,10 @@ class LearnerConfig(AlgorithmConfig):
         self.advantage_attribution = "soft"
         self.advantage_normalization = "group"
         self.normalize_by_std = True
-        self.packing = "paths"
+        self.packing = "tree"
+        self.max_tokens_per_row = None
         self.max_tokens_per_microbatch = 16384
+        self.max_skipped_steps = 10
         self.temperature = 1.0
         self.seed = 0
 

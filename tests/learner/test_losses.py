@@ -4,13 +4,11 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from rllib_arpo.learner.losses import (
     importance_weights,
     kl_k3,
     policy_loss,
-    token_weights,
 )
 
 
@@ -20,7 +18,8 @@ def policy(ratio: float, advantage: float, **settings) -> tuple[float, float, bo
     out = policy_loss(
         logprob,
         torch.zeros(1, 1),
-        torch.tensor([[advantage]]),
+        torch.tensor([[max(advantage, 0.0)]]),
+        torch.tensor([[min(advantage, 0.0)]]),
         **{"clip_param": 0.2, **settings},
     )
     out.loss.sum().backward()
@@ -62,11 +61,42 @@ def test_policy_loss_is_clipped_where_the_papers_say(
     )
 
 
+@pytest.mark.parametrize(
+    ("ratio", "loss", "gradient", "clipped"),
+    [
+        # paths with Â = 2 and Â = -1 share the token: A⁺ = 2, A⁻ = -1
+        # r = 1.1: -2·1.1 + 1.1; d/dlogπ the same
+        (1.1, -1.1, -1.1, 0.0),
+        # r = 1.5: -2·1.2 + 1.5; flat but for the second: +1.5; 2 of 3 clipped
+        (1.5, -0.9, 1.5, 2 / 3),
+        # r = .5: -2·.5 + .8; flat but for the first: -2·.5; 1 of 3 clipped
+        (0.5, -0.2, -1.0, 1 / 3),
+        # r = 5: -2·1.2 + 3 (dual clip); flat
+        (5.0, 0.6, 0.0, 1.0),
+    ],
+)
+def test_a_shared_token_is_the_sum_of_its_paths(ratio, loss, gradient, clipped):
+    logprob = torch.tensor([[math.log(ratio)]], requires_grad=True)
+    out = policy_loss(
+        logprob,
+        torch.zeros(1, 1),
+        torch.tensor([[2.0]]),
+        torch.tensor([[-1.0]]),
+        clip_param=0.2,
+        dual_clip=3.0,
+    )
+    out.loss.sum().backward()
+    assert out.loss.item() == pytest.approx(loss, rel=1e-5)
+    assert logprob.grad.item() == pytest.approx(gradient, rel=1e-5)
+    assert out.clipped.item() == pytest.approx(clipped, rel=1e-5)
+
+
 def test_policy_loss_stays_finite_for_absurd_ratios() -> None:
     logprobs = torch.tensor([[-2000.0, 0.0]], requires_grad=True)
     out = policy_loss(
         logprobs,
         torch.tensor([[0.0, -2000.0]]),
+        torch.zeros(1, 2),
         torch.tensor([[-1.0, -1.0]]),
         clip_param=0.2,
     )
@@ -94,30 +124,3 @@ def test_importance_weights_are_capped_and_carry_no_gradient() -> None:
     weights = importance_weights(old, torch.zeros(1, 2), cap=2.0)
     torch.testing.assert_close(weights, torch.tensor([[2.0, 0.5]]))
     assert not weights.requires_grad
-
-
-MASK = torch.tensor([[False, True, True, True], [False, True, False, False]])
-
-
-@pytest.mark.parametrize(
-    ("aggregation", "normalizer", "expected"),
-    [
-        # 4 loss tokens: a quarter each
-        ("token_mean", 4, [[0, 0.25, 0.25, 0.25], [0, 0.25, 0, 0]]),
-        # 2 rows: half each, the first spread over 3 tokens
-        ("sequence_mean", 2, [[0, 1 / 6, 1 / 6, 1 / 6], [0, 0.5, 0, 0]]),
-    ],
-)
-def test_token_weights_are_a_mean(aggregation, normalizer, expected) -> None:
-    weights = token_weights(MASK, aggregation=aggregation, normalizer=normalizer)
-    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float32))
-    assert weights.sum().item() == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
-def test_weights_of_parts_equal_those_of_the_whole(aggregation) -> None:
-    def both(mask: Tensor) -> Tensor:
-        return token_weights(mask, aggregation=aggregation, normalizer=4.0)
-
-    parts = torch.cat([both(MASK[:1]), both(MASK[1:])])
-    assert torch.equal(parts, both(MASK))

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rllib_arpo.learner.packing import collate, loss_tokens, pack_paths, split_rows
+from rllib_arpo.learner.microbatches import collate, loss_tokens, split_rows
+from rllib_arpo.learner.packing import pack_paths
 from rllib_arpo.tree import RolloutTree, path_token_ids
 from tests.learner.helpers import TASK, forked_tree, leaf, random_tree, segment
 
@@ -22,10 +23,12 @@ def test_every_path_is_a_row_and_only_model_tokens_carry_loss() -> None:
         *[0, 0, 1, 1, 1, 0, 0, 1],
         *[0, 0, 1, 1, 1, 0, 0, 1, 1],
     ]
-    assert columns["advantages"].tolist() == [
+    assert columns["positive_advantages"].tolist() == [
         *[0, 0, 1, 1, 1, 2, 2, 3],
         *[10, 10, 11, 11, 11, 12, 12, 14, 14],
     ]
+    assert not columns["negative_advantages"].any()
+    assert columns["loss_weights"].tolist() == columns["loss_mask"].tolist()
     assert columns["policy_versions"].tolist() == [
         *[-1, -1, 3, 3, 3, -1, -1, 3],
         *[-1, -1, 3, 3, 3, -1, -1, 3, 3],

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rllib_arpo.errors import ConfigError
+from rllib_arpo.errors import ConfigError, DivergenceError
 from rllib_arpo.learner import packing
 from rllib_arpo.learner.training_data import TreeTrainingData
 from tests.learner.helpers import (
@@ -96,7 +96,8 @@ def test_policy_gradient_is_that_of_the_formula(model) -> None:
     )
     update(learner)
     got = gradients(learner)
-    columns = learner._run_connectors(TreeTrainingData(episodes=TREES))
+    by_path = build_learner(model, packing="paths")
+    columns = by_path._run_connectors(TreeTrainingData(episodes=TREES))
     network = learner.language_model.model
     network.zero_grad()
     start, num_tokens = 0, columns["loss_mask"].sum()
@@ -106,7 +107,8 @@ def test_policy_gradient_is_that_of_the_formula(model) -> None:
         chosen = network(ids[None]).logits[0, :-1].log_softmax(-1)
         chosen = chosen.gather(-1, ids[1:, None])[:, 0]
         mask = torch.from_numpy(columns["loss_mask"][span])[1:]
-        advantages = torch.from_numpy(columns["advantages"][span])[1:]
+        advantages = columns["positive_advantages"] + columns["negative_advantages"]
+        advantages = torch.from_numpy(advantages[span])[1:].float()
         (-(advantages * chosen)[mask].sum() / num_tokens).backward()
         start += length
     assert_close(got, gradients(learner))
@@ -256,6 +258,20 @@ def test_a_step_that_is_not_finite_is_skipped(model) -> None:
     assert all(np.isfinite(array).all() for array in weights(learner).values())
 
 
+def test_training_stops_when_too_many_steps_in_a_row_are_not_finite(model) -> None:
+    learner = build_learner(model, minibatch_size=1, max_skipped_steps=2)
+    broken = forked_tree(rewards=(float("nan"), 1.0))
+    # Skipped, skipped, taken: the count starts anew.
+    update(learner, [broken]), update(learner, [broken])
+    update(learner, [forked_tree()])
+    update(learner, [broken]), update(learner, [broken])
+    before = weights(learner)
+    with pytest.raises(DivergenceError, match=r"max_skipped_steps` \(2\)"):
+        update(learner, [broken])
+    for name, array in weights(learner).items():
+        assert array.tobytes() == before[name].tobytes()
+
+
 def test_a_batch_without_trees_changes_nothing(model) -> None:
     learner = build_learner(model)
     before = weights(learner)
@@ -329,11 +345,13 @@ def test_supervised_training_learns_the_models_own_tokens(model) -> None:
 
 
 def test_batch_normalization_uses_the_statistics_that_were_sent(model) -> None:
-    learner = build_learner(model, advantage_normalization="batch")
+    learner = build_learner(model, advantage_normalization="batch", packing="paths")
     data = TreeTrainingData(episodes=[forked_tree()], reward_mean=2.0, reward_std=0.5)
     columns = learner._run_connectors(data)
     # rewards 1 and 0: (1 - 2) / .5 = -2, (0 - 2) / .5 = -4
-    np.testing.assert_allclose(columns["advantages"], [-2] * 8 + [-4] * 9, rtol=1e-5)
+    np.testing.assert_allclose(
+        columns["negative_advantages"], [-2] * 8 + [-4] * 9, rtol=1e-5
+    )
 
 
 def test_the_objective_is_the_weighted_sum_of_its_terms(model) -> None:
@@ -349,7 +367,8 @@ def test_the_objective_is_the_weighted_sum_of_its_terms(model) -> None:
     batch = {
         packing.OLD_LOGPROBS: torch.tensor([[-1.0]]),
         packing.ROLLOUT_LOGPROBS: torch.tensor([[-1.0 + ln2]]),
-        packing.ADVANTAGES: torch.tensor([[3.0]]),
+        packing.POSITIVE_ADVANTAGES: torch.tensor([[3.0]]),
+        packing.NEGATIVE_ADVANTAGES: torch.tensor([[0.0]]),
     }
     got = learner.compute_token_losses(batch, token)
     # w = exp(-ln 2) = .5: .5 * (-3) + .5 * (2 - ln 2 - 1) - .25 * 1.2
