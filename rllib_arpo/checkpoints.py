@@ -11,6 +11,7 @@ that Tune was copying to its storage when it was killed is refused by its conten
 """
 
 import os
+import shutil
 import tempfile
 import uuid
 from pathlib import Path
@@ -25,8 +26,9 @@ from rllib_arpo.data.datasets import TaskCursor
 from rllib_arpo.errors import CheckpointError
 from rllib_arpo.storage import (
     fault_of,
-    finish_interrupted,
     merged_aside,
+    readable,
+    remove_contents,
     write_contents,
     written_aside,
 )
@@ -34,6 +36,8 @@ from rllib_arpo.storage import (
 if TYPE_CHECKING:
     from ray.tune import Checkpoint
 
+# In a run's folder; in it iteration_000012 and so on, so that names sort by age.
+CHECKPOINTS = "checkpoints"
 NOT_REPLACED = "The checkpoint before it is intact."
 
 
@@ -72,6 +76,7 @@ class Checkpoints(Algorithm):
             path = Path(tempfile.gettempdir(), str(uuid.uuid4()))
         found, inner = _locate(path, filesystem)
         if not isinstance(found, LocalFileSystem):
+            remove_contents(inner, found)
             super().save_to_path(
                 path, state=state, filesystem=filesystem, use_msgpack=use_msgpack
             )
@@ -107,15 +112,13 @@ class Checkpoints(Algorithm):
         """
         if not isinstance(path, str | Path):
             path = path.to_directory()
-        check_whole(path, filesystem)
-        # A path as RLlib takes it: absolute, or a URI.
-        location = str(path) if "://" in str(path) else os.path.abspath(path)
-        return super().from_checkpoint(location, filesystem, **kwargs)  # type: ignore[return-value]
+        path = check_whole(path, filesystem)
+        return super().from_checkpoint(path, filesystem, **kwargs)  # type: ignore[return-value]
 
     @override(Algorithm)
     def restore_from_path(self, path: Any, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("component") is None:
-            check_whole(path, kwargs.get("filesystem"))
+            path = check_whole(path, kwargs.get("filesystem"))
         super().restore_from_path(path, *args, **kwargs)
         # RLlib's own sync is dropped without a word while another is in flight.
         self.sync_weights()
@@ -171,37 +174,57 @@ class Checkpoints(Algorithm):
         raise NotImplementedError
 
 
-def check_whole(path: str | Path, filesystem: FileSystem | None = None) -> None:
-    """Refuse a folder that is no whole checkpoint.
+def check_whole(path: str | Path, filesystem: FileSystem | None = None) -> str:
+    """Find a whole checkpoint, or refuse.
 
     Args:
         path: a folder, or a URI.
         filesystem: of `path`, if it is no local one and no URI.
+
+    Returns:
+        The path as RLlib takes it: absolute, or a URI.
 
     Raises:
         CheckpointError: names what is missing.
     """
     found, inner = _locate(path, filesystem)
     if isinstance(found, LocalFileSystem):
-        finish_interrupted(Path(os.path.realpath(inner)))
+        path = inner = str(readable(Path(inner)))
     fault = fault_of(inner, found)
     if fault is not None:
         raise CheckpointError(
             f"{path} is no whole checkpoint: {fault}. A save or a copy of it may have "
             "been interrupted: take the one before it"
         )
+    return str(path)
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a local folder is a whole checkpoint."""
-    finish_interrupted(folder)
-    return fault_of(str(folder), LocalFileSystem()) is None
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run's folder; None if there is none."""
+    return max(_whole_checkpoints(run), default=None)
+
+
+def tidy_checkpoints(run: Path, *, kept: int) -> None:
+    """Remove what is no whole checkpoint, and all but the newest `kept` of them."""
+    keep = sorted(_whole_checkpoints(run))[-kept:]
+    for folder in _folders(run):
+        if folder not in keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _whole_checkpoints(run: Path) -> list[Path]:
+    folders = {readable(folder.with_suffix("")) for folder in _folders(run)}
+    return [f for f in folders if fault_of(str(f), LocalFileSystem()) is None]
+
+
+def _folders(run: Path) -> list[Path]:
+    return list((run / CHECKPOINTS).absolute().glob("iteration_*"))
 
 
 def _locate(path: str | Path, filesystem: FileSystem | None) -> tuple[FileSystem, str]:
     """The file system of a path, and the path in it."""
-    if filesystem is not None:
-        return filesystem, str(path)
-    if "://" in str(path):
-        return FileSystem.from_uri(str(path))
-    return LocalFileSystem(), os.path.abspath(path)
+    if filesystem is None and "://" in str(path):
+        filesystem, path = FileSystem.from_uri(str(path))
+    if filesystem is None or isinstance(filesystem, LocalFileSystem):
+        return LocalFileSystem(), os.path.abspath(path)
+    return filesystem, str(path)

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from rllib_arpo.arpo import ARPO
+from rllib_arpo.checkpoints import check_whole, newest_checkpoint
 from rllib_arpo.config import ARPOConfig
 from rllib_arpo.envs.env_config import load_tokenizer
 from rllib_arpo.envs.tool_use_env import ToolUseEnv
@@ -148,14 +150,18 @@ def is_model_folder(folder: Path) -> bool:
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """The checkpoint in a run's folder, or the folder itself if it is one.
+    """The newest whole checkpoint of a run's folder, or the folder if it is one.
 
     Raises:
         ConfigError: there is none.
+        CheckpointError: the folder is a checkpoint that is not whole.
     """
-    for candidate in (folder / "checkpoint", folder):
-        if (candidate / "rllib_checkpoint.json").is_file():
-            return candidate.absolute()
+    newest = newest_checkpoint(folder)
+    if newest is not None:
+        return newest
+    if (folder / ARPO.METADATA_FILE_NAME).is_file():
+        check_whole(folder)
+        return folder.absolute()
     raise ConfigError(
         f"{folder} holds no checkpoint: give a run's folder, such as runs/quickstart"
     )

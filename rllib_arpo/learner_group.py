@@ -67,7 +67,12 @@ class _RaisingManager(FaultTolerantActorManager):
     @override(FaultTolerantActorManager)
     def foreach_actor(self, *args: Any, **kwargs: Any) -> RemoteCallResults:
         answers = super().foreach_actor(*args, **kwargs)
-        for answer in answers.result_or_errors:
-            if not answer.ok:
-                raise answer.get()
+        failed = [result for result in answers if not result.ok]
+        for result in failed:
+            # RLlib takes a learner out of service for any error; a full disk is none
+            # of the learner's.
+            if not isinstance(result.get(), RayActorError):
+                self.set_actor_state(result.actor_id, True)
+        for result in failed:
+            raise result.get()
         return answers

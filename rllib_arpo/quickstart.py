@@ -169,7 +169,7 @@ def _on_this_machine(config: Config, settings: Settings) -> Config:
 
 def quickstart(settings: Settings, console: Console) -> dict[str, Any]:
     """Run the main job and return what `summary.json` holds."""
-    for name in ("base", "cold_start", "sft", "checkpoint", "model"):
+    for name in ("base", "cold_start", "sft", "checkpoints", "model"):
         shutil.rmtree(settings.folder / name, ignore_errors=True)
     (settings.folder / METRICS_FILE).unlink(missing_ok=True)
     run = Run(settings.folder)

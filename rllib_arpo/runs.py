@@ -3,7 +3,7 @@
 runs/NAME/
 config.json      what was set (only what differs from the defaults)
 metrics.jsonl    one flat JSON object per iteration
-checkpoint/      the newest complete checkpoint, replaced by renaming
+checkpoints/     iteration_000012/ and so on: the newest two, each of them whole
 model/           a Hugging Face folder, written at the end
 curves.png .svg  the plots
 """
@@ -11,7 +11,6 @@ curves.png .svg  the plots
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from ray.rllib.utils.metrics import (
 )
 
 from rllib_arpo.arpo import ARPO
+from rllib_arpo.checkpoints import CHECKPOINTS, newest_checkpoint, tidy_checkpoints
 from rllib_arpo.config import ARPOConfig
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.metrics import (
@@ -39,8 +39,11 @@ from rllib_arpo.metrics import (
     NUM_TOKENS_SAMPLED,
     NUM_TOOL_CALLS,
 )
+from rllib_arpo.storage import storing, write_whole
 
 Record = dict[str, Any]
+
+NUM_CHECKPOINTS_KEPT = 2
 
 # Attributes of a config that are no settings of the user.
 ADDED_BY_BUILDING = ("_is_frozen", "policies", "simple_optimizer", "class")
@@ -68,9 +71,9 @@ class Run:
         self._tool_calls = 0.0
 
     @property
-    def checkpoint(self) -> Path:
-        """The newest complete checkpoint."""
-        return self.folder / "checkpoint"
+    def checkpoint(self) -> Path | None:
+        """The newest whole checkpoint; None if there is none yet."""
+        return newest_checkpoint(self.folder)
 
     @property
     def model(self) -> Path:
@@ -95,18 +98,23 @@ class Run:
         self.write_json("config.json", changed)
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> Path:
-        """Write a JSON file into the folder, complete or not at all."""
+        """Write a JSON file into the folder, whole or not at all."""
         file = self.folder / name
-        aside = file.with_suffix(".part")
-        aside.write_text(_as_json(values, indent=2) + "\n")
-        os.replace(aside, file)
+        write_whole(file, _as_json(values, indent=2) + "\n")
         return file
 
     def log(self, result: Mapping[str, Any], *, stage: str) -> Record:
         """Append one training iteration to `metrics.jsonl` and return it."""
         record = self._record(result, stage)
-        with (self.folder / METRICS_FILE).open("a") as file:
-            file.write(_as_json(record) + "\n")
+        path = self.folder / METRICS_FILE
+        with (
+            storing(path, intact="The last checkpoint is intact."),
+            path.open("a") as f,
+        ):
+            f.write(_as_json(record) + "\n")
+            f.flush()
+            # A checkpoint must not outlast a power cut that its records did not.
+            os.fsync(f.fileno())
         return record
 
     def _record(self, result: Mapping[str, Any], stage: str) -> Record:
@@ -138,30 +146,32 @@ class Run:
         return record
 
     def forget_after(self, iteration: int) -> None:
-        """Drop the records of iterations that a resumed run will make again."""
+        """Drop the records of iterations that a resumed run will make again.
+
+        A last line without an end, left by a kill or a full disk, goes too.
+        """
         file = self.folder / METRICS_FILE
         if not file.exists():
             return
         lines = file.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
-        aside = file.with_suffix(".part")
-        aside.write_text("".join(kept))
-        os.replace(aside, file)
+        whole = [line for line in lines if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line)["iteration"] <= iteration]
+        write_whole(file, "".join(kept))
         if kept:
             self._tool_calls = json.loads(kept[-1])["num_tool_calls_lifetime"]
 
     def save_checkpoint(self, algorithm: Algorithm) -> Path:
-        """Write a checkpoint aside, then put it in place of the one before."""
-        aside = self.folder / "checkpoint.part"
-        before = self.folder / "checkpoint.before"
-        for folder in (aside, before):
-            shutil.rmtree(folder, ignore_errors=True)
-        algorithm.save_to_path(str(aside))
-        if self.checkpoint.exists():
-            os.replace(self.checkpoint, before)
-        os.replace(aside, self.checkpoint)
-        shutil.rmtree(before, ignore_errors=True)
-        return self.checkpoint
+        """Write a checkpoint under a name of its own; then older ones may go.
+
+        Raises:
+            CheckpointError: it cannot be written; those before it are intact.
+        """
+        name = f"iteration_{algorithm.iteration:06d}"
+        # What a killed save left may be the space that this one needs.
+        tidy_checkpoints(self.folder, kept=NUM_CHECKPOINTS_KEPT)
+        path = Path(algorithm.save_to_path(str(self.folder / CHECKPOINTS / name)))
+        tidy_checkpoints(self.folder, kept=NUM_CHECKPOINTS_KEPT)
+        return path
 
     def plot(self) -> Path:
         """Draw `curves.png` and `curves.svg`."""

@@ -4,7 +4,8 @@ A folder is written aside, as `NAME.part`, brought to the disk and renamed; a li
 its files with their sizes, written last, lets a reader refuse a copy that broke off.
 
 1. Where a checkpoint stands already, it steps aside as `NAME.before` and goes when the
-   new one is in place. Whoever meets a `NAME.before` without `NAME` puts it back.
+   new one is in place. A `NAME.before` without `NAME` is read in its place, and put
+   back by the next save. Readers change nothing: a writer may be at work.
 2. Object stores have no renaming. There the list of files alone says what is whole.
 """
 
@@ -117,6 +118,23 @@ def merged_aside(target: Path) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a file, or leave it as it was.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    aside = _beside(file, ASIDE)
+    with storing(file, intact="The file before it is intact."):
+        try:
+            aside.write_text(text)
+            _sync(aside)
+            os.replace(aside, file)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+
+
 def finish_interrupted(target: Path) -> None:
     """Tidy up after a save that was killed while it replaced `target`."""
     before = _beside(target, BEFORE)
@@ -126,6 +144,12 @@ def finish_interrupted(target: Path) -> None:
         shutil.rmtree(before)
     else:
         os.rename(before, target)
+
+
+def readable(target: Path) -> Path:
+    """Where `target` is: a killed save may have left it set aside, still whole."""
+    before = _beside(target, BEFORE)
+    return before if before.exists() and not target.exists() else target
 
 
 def _beside(target: Path, ending: str) -> Path:
@@ -168,6 +192,13 @@ def write_contents(folder: str, filesystem: FileSystem) -> None:
     }
     with filesystem.open_output_stream(f"{folder}/{CONTENTS_FILE}") as file:
         file.write(json.dumps(sizes, indent=2, sort_keys=True).encode())
+
+
+def remove_contents(folder: str, filesystem: FileSystem) -> None:
+    """Mark `folder` as not whole, before it is written anew."""
+    contents = f"{folder}/{CONTENTS_FILE}"
+    if filesystem.get_file_info(contents).type == FileType.File:
+        filesystem.delete_file(contents)
 
 
 def fault_of(folder: str, filesystem: FileSystem) -> str | None:

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rllib_arpo.cli import main
+from rllib_arpo.cli_config import find_checkpoint
 from rllib_arpo.errors import ConfigError
 from tests.models import save_tiny_model
 from tests.tokenizers import qwen_like
@@ -196,7 +197,7 @@ def test_training_by_flags_fills_a_run_and_prints_where_time_went(place, trained
     for name in ("generate", "tools", "learn", "sync"):
         assert any(name in line and "%" in line for line in trained.splitlines())
     folder = place / "run"
-    for name in ("config.json", "curves.png", "checkpoint", "model/model.safetensors"):
+    for name in ("config.json", "curves.png", "checkpoints", "model/model.safetensors"):
         assert (folder / name).exists()
     first = records(folder)[0]
     assert first["num_tokens_sampled"] > 0
@@ -212,7 +213,7 @@ def test_a_resumed_run_goes_on_where_it_stopped(place, resumed):
 @pytest.mark.slow
 def test_an_exported_folder_holds_the_learners_weights(place, exported):
     state = pickle.loads(
-        (place / "run" / "checkpoint" / CHECKPOINTED_MODULE).read_bytes()
+        (find_checkpoint(place / "run") / CHECKPOINTED_MODULE).read_bytes()
     )
     learned = AutoModelForCausalLM.from_pretrained(place / "model")
     start_weights = {n: p.detach().clone() for n, p in learned.named_parameters()}
@@ -298,4 +299,4 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(place, endless):
     said = (place / "endless.txt").read_text()
     command = f"rllib-arpo train --resume {place / 'endless'} --iterations 100000"
     assert command in " ".join(said.split())
-    assert (place / "endless" / "checkpoint" / "rllib_checkpoint.json").is_file()
+    assert find_checkpoint(place / "endless").name.startswith("iteration_")

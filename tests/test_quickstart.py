@@ -45,7 +45,7 @@ def test_the_main_job_learns_and_leaves_everything_that_it_promises(
     assert [record["iteration"] for record in records] == list(range(1, 13))
     assert records[0]["sampler_logprob_difference"] < 1e-4
     assert all(record["branches_per_tree"] > 0 for record in records)
-    for name in ("config.json", "curves.png", "checkpoint", "cold_start", "model"):
+    for name in ("config.json", "curves.png", "checkpoints", "cold_start", "model"):
         assert (tmp_path / name).exists()
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tmp_path / "model")

@@ -1,14 +1,15 @@
-"""A run's folder: one line an iteration, and always a complete checkpoint."""
+"""A run's folder: one line an iteration, and always a whole checkpoint."""
 
 import json
-from pathlib import Path
+import shutil
 
 import numpy as np
 import pytest
 from ray.rllib.core import DEFAULT_MODULE_ID
 
 from rllib_arpo import ARPO
-from rllib_arpo.errors import ConfigError
+from rllib_arpo.cli_config import find_checkpoint
+from rllib_arpo.errors import CheckpointError, ConfigError
 from rllib_arpo.runs import Run, train
 from tests.tiny_runs import arpo_config, learner_weights, running, same
 
@@ -56,37 +57,56 @@ def test_every_iteration_is_one_line_and_the_last_is_saved(
         restored.stop()
 
 
-class BrokenDisk:
-    """Stands for an algorithm whose checkpoint is cut off half-way."""
-
-    def save_to_path(self, folder: str) -> str:
-        Path(folder).mkdir()
-        (Path(folder) / "algorithm_state.pkl").write_bytes(b"half")
-        raise OSError("no space left on device")
+def names(run: Run) -> list[str]:
+    return sorted(entry.name for entry in (run.folder / "checkpoints").iterdir())
 
 
-def contents(run: Run) -> dict[str, bytes]:
-    return {
-        str(file.relative_to(run.checkpoint)): file.read_bytes()
-        for file in run.checkpoint.rglob("*")
-        if file.is_file()
-    }
-
-
-def test_a_save_that_breaks_off_leaves_the_checkpoint_before(
-    algorithm, tmp_path
-) -> None:
+def test_the_newest_two_checkpoints_are_kept(almanac_model, tmp_path) -> None:
     run = Run(tmp_path / "run")
+    assert run.checkpoint is None
+    leftover = run.folder / "checkpoints" / "iteration_000001.part"
+    leftover.mkdir(parents=True)
+    with running(arpo_config(almanac_model)) as algorithm:
+        train(
+            algorithm,
+            run,
+            num_iterations=3,
+            stage="ARPO",
+            on_iteration=lambda record: None,
+            checkpoint_interval=1,
+        )
+    assert names(run) == ["iteration_000002", "iteration_000003"]
+    assert run.checkpoint == run.folder / "checkpoints" / "iteration_000003"
+
+
+def test_a_copy_that_broke_off_is_passed_over(algorithm, tmp_path) -> None:
+    run = Run(tmp_path / "run")
+    saved = run.save_checkpoint(algorithm)
+    later = saved.with_name("iteration_999999")
+    shutil.copytree(saved, later)
+    assert run.checkpoint == later
+    with (later / "algorithm_state.pkl").open("ab") as file:
+        file.truncate(10)
+    assert run.checkpoint == saved == find_checkpoint(run.folder)
+    with pytest.raises(CheckpointError, match=r"algorithm_state\.pkl has 10 bytes of"):
+        find_checkpoint(later)
     run.save_checkpoint(algorithm)
-    before = contents(run)
-    assert before
-    with pytest.raises(OSError, match="no space left"):
-        run.save_checkpoint(BrokenDisk())  # type: ignore[arg-type]
-    assert contents(run) == before
-    # The leftovers do not stop the next one.
-    run.save_checkpoint(algorithm)
-    assert contents(run).keys() == before.keys()
-    assert {entry.name for entry in run.folder.iterdir()} == {"checkpoint"}
+    assert names(run) == [saved.name]
+
+
+def test_a_torn_last_line_is_dropped_and_no_iteration_is_told_twice(tmp_path) -> None:
+    run = Run(tmp_path / "run")
+    result = {"env_runners": {"num_tool_calls": 2.0}}
+    for iteration in (1, 2, 3):
+        run.log({"training_iteration": iteration, **result}, stage="ARPO")
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "sta')
+    resumed = Run(tmp_path / "run", resume=True)
+    resumed.forget_after(2)
+    resumed.log({"training_iteration": 3, **result}, stage="ARPO")
+    assert [line["iteration"] for line in lines(run)] == [1, 2, 3]
+    assert [line["num_tool_calls_lifetime"] for line in lines(run)] == [2, 4, 6]
+    assert {entry.name for entry in run.folder.iterdir()} == {"metrics.jsonl"}
 
 
 def test_an_interrupt_saves_the_moment_and_is_raised_again(algorithm, tmp_path) -> None:
@@ -104,7 +124,7 @@ def test_an_interrupt_saves_the_moment_and_is_raised_again(algorithm, tmp_path) 
             on_iteration=interrupt,
         )
     assert len(lines(run)) == 1
-    assert run.checkpoint.exists()
+    assert run.checkpoint is not None
 
 
 def test_a_run_is_never_overwritten(algorithm, tmp_path) -> None:
