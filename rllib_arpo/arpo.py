@@ -2,18 +2,16 @@
 
 One training step is: sample trees on the EnvRunners, update on the Learners, give
 the new weights back. The Algorithm owns the tasks: it hands them out, and hands them
-out again when the runner that had them is gone.
+out again when the runner that had them is gone. With `asynchronous` the EnvRunners
+work through the next tasks meanwhile, and nobody waits for the slowest tree.
 
 ARPO: arXiv:2507.19849. With `branch_rule="never"` this is GRPO (arXiv:2402.03300).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-import ray
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.core import COMPONENT_RL_MODULE
 from ray.rllib.core.learner.learner_group import LearnerGroup
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.utils.annotations import override
@@ -34,12 +32,11 @@ from rllib_arpo.config import ARPOConfig
 from rllib_arpo.data.datasets import TaskCursor
 from rllib_arpo.data.sources import resolve_tasks
 from rllib_arpo.engines.engine import SamplingParams
-from rllib_arpo.errors import DataError, EngineError, ToolOutageError
+from rllib_arpo.errors import DataError, EngineError
 from rllib_arpo.learner.training_data import TreeTrainingData
 from rllib_arpo.metrics import (
     DYNAMIC_SAMPLING_ROUNDS,
-    NUM_TOOL_CALLS,
-    TOOL_FAILURE_SHARE,
+    refuse_outage,
     tree_metrics,
 )
 from rllib_arpo.rollouts.branching import TreeSettings, derive_seed
@@ -48,13 +45,13 @@ from rllib_arpo.rollouts.env_runner_calls import (
     grow_trees,
     wait_for_env_runner,
 )
+from rllib_arpo.rollouts.tree_queue import Job
+from rllib_arpo.rollouts.tree_stream import TreeStream
 from rllib_arpo.tree import RolloutTree, Task
-
-# A share of a handful of calls says nothing about an outage.
-MIN_CALLS_FOR_OUTAGE = 20
+from rllib_arpo.weight_sync import WeightSync
 
 
-class ARPO(Checkpoints, Algorithm):
+class ARPO(WeightSync, Checkpoints, Algorithm):
     """Trains a tool-using language model on trees of rollouts."""
 
     # RLlib declares them as what they are before `setup`.
@@ -88,6 +85,7 @@ class ARPO(Checkpoints, Algorithm):
             if cause is None:
                 raise
             raise EngineError(f"No EnvRunner could start: {cause}") from None
+        self._stream = self._open_stream() if config.asynchronous else None
         self.sync_weights()
 
     def _make_cursor(self, config: ARPOConfig) -> TaskCursor | None:
@@ -99,32 +97,35 @@ class ARPO(Checkpoints, Algorithm):
     @override(Algorithm)
     def training_step(self) -> None:
         """Sample, update, sync."""
+        stream = self._stream
         with self._timed(ENV_RUNNER_SAMPLING_TIMER):
-            trees = self._sample()
+            trees = self._sample() if stream is None else self._next_batch(stream)
         with self._timed(LEARNER_UPDATE_TIMER), self._engines_asleep():
             self._update(trees)
         with self._timed(SYNCH_WORKER_WEIGHTS_TIMER):
-            self.sync_weights()
+            if stream is None:
+                self.sync_weights()
+            else:
+                stream.trained(trees)
+                self._push_weights(stream)
 
-    @contextmanager
-    def _engines_asleep(self) -> Iterator[None]:
-        """With `colocate`, engines give their memory to the learners meanwhile."""
-        if self.config.colocate:
-            self._call_engines("sleep_engine")
-        try:
-            yield
-        finally:
-            if self.config.colocate:
-                self._call_learners(lambda learner, *_: learner.free_memory())
-                self._call_engines("wake_engine")
-
-    def _call_engines(self, method: str, **kwargs: Any) -> list[Any]:
+    def _open_stream(self) -> TreeStream:
         group = self.env_runner_group
-        if group.num_remote_env_runners():
-            return group.foreach_env_runner(
-                method, kwargs=kwargs, local_env_runner=False
-            )
-        return [getattr(group.local_env_runner, method)(**kwargs)]
+        return TreeStream(
+            group,
+            next_jobs=self._next_jobs,
+            restore=lambda: self.restore_env_runners(group),
+            wait=lambda: self._wait_for_env_runner(group),
+            batch_size=self.config.total_train_batch_size,
+            max_policy_lag=self.config.max_policy_lag,
+        )
+
+    def _next_batch(self, stream: TreeStream) -> list[RolloutTree]:
+        trees = stream.batch(self._weights_seq_no)
+        stats = stream.stats(trees, self._weights_seq_no)
+        self.metrics.aggregate(stats, key=(ENV_RUNNER_RESULTS,))
+        self.log_trees(trees, (ENV_RUNNER_RESULTS,))
+        return trees
 
     def _timed(self, name: str) -> Any:
         # RLlib's default is a moving average, which no other number here is.
@@ -156,6 +157,10 @@ class ARPO(Checkpoints, Algorithm):
         return trees
 
     def _sample_next_tasks(self, count: int) -> list[RolloutTree]:
+        seeds, tasks = zip(*self._next_jobs(count), strict=True)
+        return self.sample_trees(tasks, seeds)
+
+    def _next_jobs(self, count: int) -> list[Job]:
         if self._cursor is None:
             raise DataError(
                 "There is nothing to train on: set "
@@ -163,13 +168,10 @@ class ARPO(Checkpoints, Algorithm):
             )
         first = self._num_trees_started
         self._num_trees_started += count
-        return self.sample_trees(
-            self._cursor.next(count),
-            [
-                derive_seed(self.config.seed or 0, "train", first + i)
-                for i in range(count)
-            ],
-        )
+        return [
+            (derive_seed(self.config.seed or 0, "train", first + i), task)
+            for i, task in enumerate(self._cursor.next(count))
+        ]
 
     def _update(self, trees: list[RolloutTree]) -> None:
         episodes: list[Any] = trees  # RLlib knows its own episode types only
@@ -217,10 +219,19 @@ class ARPO(Checkpoints, Algorithm):
             RewardError: a reward function failed.
         """
         group = env_runner_group or self.env_runner_group
+        trained_on = group is self.env_runner_group
+
+        def wait() -> None:
+            self._wait_for_env_runner(group)
+            if trained_on:
+                self.sync_weights()
+
         trees, stats = grow_trees(
             group,
             list(zip(seeds, tasks, strict=True)),
-            wait=lambda: self._wait_for_env_runner(group),
+            wait=wait,
+            # RLlib itself brings weights to EnvRunners for evaluation.
+            weights_seq_no=self._weights_seq_no if trained_on else 0,
             tree_settings=tree_settings,
             sampling=sampling,
         )
@@ -249,15 +260,7 @@ class ARPO(Checkpoints, Algorithm):
             logger.log_value(name, value, window=1)
         # RLlib's `evaluate` reads what was aggregated last, not what was logged.
         self.metrics.aggregate([logger.reduce()], key=results_key)
-        limit = self.config.max_tool_failure_share
-        share, calls = values[TOOL_FAILURE_SHARE], int(values[NUM_TOOL_CALLS])
-        if limit is not None and calls >= MIN_CALLS_FOR_OUTAGE and share > limit:
-            raise ToolOutageError(
-                f"{share:.0%} of {calls} tool calls failed or timed out, more than "
-                f"`max_tool_failure_share` ({limit:.0%}). Training on this would "
-                "teach the model that tools do not work. Check the tools' servers "
-                "and limits, then resume from the last checkpoint."
-            )
+        refuse_outage(values, self.config.max_tool_failure_share)
 
     def _wait_for_env_runner(self, group: EnvRunnerGroup) -> None:
         wait_for_env_runner(
@@ -274,52 +277,19 @@ class ARPO(Checkpoints, Algorithm):
             self.sync_weights()
         return restored
 
-    def sync_weights(self) -> None:
-        """Give the learners' weights to the training EnvRunners, and wait for it.
+    @override(Checkpoints)
+    def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = super().get_state(*args, **kwargs)
+        if self._stream is not None:
+            # Those that are being grown are grown again after a restore.
+            state["jobs"] = self._stream.get_state()
+        return state
 
-        The first learner puts them into the object store, where runners read them;
-        they do not pass through this process.
-
-        Raises:
-            WeightSyncError: an engine does not run the learner's weights.
-        """
-        remote = self.env_runner_group.num_remote_env_runners() > 0
-        through_store = self.config.weight_transfer == "object_store"
-        if not through_store:
-            self._send_weights()
-
-        def publish(learner: Any, *_: Any) -> dict[str, Any]:
-            state = learner.engine_state(weights=through_store)
-            if remote and through_store:
-                state[COMPONENT_RL_MODULE] = ray.put(state[COMPONENT_RL_MODULE])
-            return state
-
-        first = None if self.learner_group.is_local else [0]
-        (state,) = self._call_learners(publish, remote_actor_ids=first)
-        for error in self._call_engines("take_weights", state=state):
-            if error is not None:
-                raise error
-
-    def _send_weights(self) -> None:
-        """Send the learners' weights from GPU to GPU."""
-        env_runners = self._call_engines("identity")
-        backend = self.config.weight_transfer
-        workers_each = max(int(self.config.num_gpus_per_env_runner or 0), 1)
-
-        def send(learner: Any, *_: Any) -> None:
-            learner.send_weights(
-                env_runners, backend=backend, workers_each=workers_each
-            )
-
-        self._call_learners(send)
-
-    def _call_learners(self, function: Any, **kwargs: Any) -> list[Any]:
-        """Results of all learners; the first error is raised, not returned."""
-        answers = self.learner_group.foreach_learner(function, **kwargs)
-        for answer in answers.result_or_errors:
-            if not answer.ok:
-                raise answer.get()
-        return [answer.get() for answer in answers.result_or_errors]
+    @override(Checkpoints)
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        if self._stream is not None:
+            self._stream.set_state(state.get("jobs", ()))
 
     @classmethod
     @override(Algorithm)

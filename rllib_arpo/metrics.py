@@ -4,11 +4,12 @@ All means are over one iteration's trees, computed where the trees are, so that 
 number mixes iterations or forgets a runner.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from ray.rllib.utils.metrics import EPISODE_LEN_MEAN, EPISODE_RETURN_MEAN
 
+from rllib_arpo.errors import ToolOutageError
 from rllib_arpo.tree import RolloutTree, Segment, count_tool_calls, path
 
 METRICS_FILE = "metrics.jsonl"
@@ -32,6 +33,14 @@ NUM_TOKENS_SAMPLED = "num_tokens_sampled"
 TOKENS_UNIQUE = "tokens_unique"
 TOKENS_PATHS = "tokens_paths"
 NUM_TREES_REQUEUED = "num_trees_requeued"
+# Of asynchronous training: trees dropped since they were older than the lag; versions
+# between the learner and a trained token; jobs with the EnvRunners when a batch was
+# full.
+NUM_TREES_STALE = "num_trees_stale"
+POLICY_LAG_MEAN = "policy_lag_mean"
+POLICY_LAG_MAX = "policy_lag_max"
+NUM_JOBS_WAITING = "num_jobs_waiting"
+NUM_JOBS_GROWING = "num_jobs_growing"
 DYNAMIC_SAMPLING_ROUNDS = "dynamic_sampling_rounds"
 # Of the engines: sums over an iteration and its EnvRunners, but for the levels,
 # which are means over the EnvRunners.
@@ -46,6 +55,9 @@ PREFIX_CACHE_HIT_RATE = "prefix_cache_hit_rate"
 WEIGHT_PROBE_ERROR = "weight_probe_error"
 ENGINE_STEP_TIME_S = "step_time_s"
 ENGINE_SAMPLE_TIME_S = "sample_time_s"
+
+# A share of a handful of calls says nothing about an outage.
+MIN_CALLS_FOR_OUTAGE = 20
 
 
 def tree_metrics(
@@ -101,6 +113,26 @@ def tree_metrics(
         TOKENS_UNIQUE: float(sum(tree.num_tokens for tree in trees)),
         TOKENS_PATHS: float(sum(len(s.token_ids) for p in paths for s in p)),
     }
+
+
+def refuse_outage(values: Mapping[str, float], max_share: float | None) -> None:
+    """Stop when so many tool calls failed that training on them would do harm.
+
+    Args:
+        values: of `tree_metrics`.
+        max_share: `ARPOConfig.max_tool_failure_share`.
+
+    Raises:
+        ToolOutageError: too large a share of the calls failed.
+    """
+    share, calls = values[TOOL_FAILURE_SHARE], int(values[NUM_TOOL_CALLS])
+    if max_share is not None and calls >= MIN_CALLS_FOR_OUTAGE and share > max_share:
+        raise ToolOutageError(
+            f"{share:.0%} of {calls} tool calls failed or timed out, more than "
+            f"`max_tool_failure_share` ({max_share:.0%}). Training on this would "
+            "teach the model that tools do not work. Check the tools' servers "
+            "and limits, then resume from the last checkpoint."
+        )
 
 
 def _split_entropies(

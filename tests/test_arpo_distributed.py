@@ -17,6 +17,7 @@ from rllib_arpo import ARPO, RolloutTree, Task
 from rllib_arpo.envs.almanac import AlmanacEnv
 from rllib_arpo.errors import EngineError
 from rllib_arpo.metrics import NUM_TREES_REQUEUED
+from rllib_arpo.rollouts.tree_stream import model_versions
 from tests.tiny_runs import (
     NUM_TRAIN_TASKS,
     arpo_config,
@@ -96,7 +97,7 @@ def grow(algorithm: ARPO, tasks: list[Task], seeds: list[int]) -> list[RolloutTr
 
 
 def record_trees(learner: Any) -> None:
-    """Make a learner remember which trees and rows it trained on."""
+    """Make a learner remember which trees it trained on, and on how many tokens."""
     learner.seen = []
     original = learner._run_connectors
 
@@ -104,8 +105,11 @@ def record_trees(learner: Any) -> None:
         columns = original(data)
         learner.seen.append(
             (
-                [(tree.seed, len(tree.leaves)) for tree in data.trees],
-                len(columns["row_lengths"]) if data.trees else 0,
+                [
+                    (tree.seed, len(tree.leaves), len(model_versions(tree)))
+                    for tree in data.trees
+                ],
+                int(columns["loss_mask"].sum()),
             )
         )
         return columns
@@ -125,7 +129,7 @@ def test_all_hold_the_same_weights_from_the_start(algorithm) -> None:
     assert all_equal(algorithm)
 
 
-def test_a_tree_is_never_split_and_no_row_is_trained_twice(algorithm) -> None:
+def test_a_tree_is_never_split_and_no_token_is_trained_twice(algorithm) -> None:
     list(algorithm.learner_group.foreach_learner(record_trees))
     result = algorithm.train()
     seen = [
@@ -136,11 +140,13 @@ def test_a_tree_is_never_split_and_no_row_is_trained_twice(algorithm) -> None:
     ]
     shards = [trees for ((trees, _),) in seen]
     assert [len(trees) for trees in shards] == [TREES_PER_LEARNER] * 2
-    seeds = [seed for trees in shards for seed, _ in trees]
+    seeds = [seed for trees in shards for seed, *_ in trees]
     assert len(set(seeds)) == 2 * TREES_PER_LEARNER
-    # Each learner has its trees whole, and one row for each leaf.
-    assert all(leaves == 4 for trees in shards for _, leaves in trees)
-    assert [rows for ((_, rows),) in seen] == [4 * TREES_PER_LEARNER] * 2
+    # Each learner has its trees whole, and each token of the model once.
+    assert all(leaves == 4 for trees in shards for _, leaves, _ in trees)
+    assert [tokens for ((_, tokens),) in seen] == [
+        sum(tokens for *_, tokens in trees) for trees in shards
+    ]
     numbers = learned(result)
     # 2 trees a learner, 1 a step.
     assert numbers["num_optimizer_steps"] == 2

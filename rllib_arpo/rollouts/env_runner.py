@@ -7,9 +7,12 @@ loop in a thread of its own, on which all paths of all trees run.
    user's own evaluation loop) it goes through `train_tasks` by itself.
 2. Weights are taken whenever the sequence number differs from the current one, also
    downwards: after a restore, the older weights are the right ones.
+3. It grows trees in one of two ways: `sample` waits for all of them; in asynchronous
+   training `start_trees` returns at once, and `finished_trees` asks what has grown.
 """
 
 import asyncio
+import math
 import threading
 import time
 import uuid
@@ -30,12 +33,7 @@ from ray.rllib.env.env_runner import EnvRunner
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.checkpoints import Checkpointable
 from ray.rllib.utils.metrics import (
-    NUM_AGENT_STEPS_SAMPLED,
-    NUM_AGENT_STEPS_SAMPLED_LIFETIME,
-    NUM_ENV_STEPS_SAMPLED,
     NUM_ENV_STEPS_SAMPLED_LIFETIME,
-    NUM_EPISODES,
-    NUM_EPISODES_LIFETIME,
     WEIGHTS_SEQ_NO,
 )
 
@@ -45,15 +43,11 @@ from rllib_arpo.data.sources import resolve_tasks
 from rllib_arpo.engines.engine import Engine, SamplingParams
 from rllib_arpo.engines.weights import WEIGHT_PROBE, WeightProbe, check_probe
 from rllib_arpo.errors import ARPOError, EngineError, WeightSyncError
-from rllib_arpo.metrics import (
-    ENGINE_LEVELS,
-    ENGINE_METRICS,
-    ENGINE_SAMPLE_TIME_S,
-    PREFIX_CACHE_HIT_RATE,
-    WEIGHT_PROBE_ERROR,
-)
+from rllib_arpo.metrics import ENGINE_METRICS, WEIGHT_PROBE_ERROR
 from rllib_arpo.rollouts.branching import TreeSettings, derive_seed
 from rllib_arpo.rollouts.sampler import grow_tree
+from rllib_arpo.rollouts.sampling_counts import EngineMeter, log_trees_sampled
+from rllib_arpo.rollouts.tree_queue import Harvest, Job, TreeQueue
 from rllib_arpo.tree import RolloutTree, Task
 
 T = TypeVar("T")
@@ -73,7 +67,7 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
         self._callbacks = [cls() for cls in _as_list(self.config.callbacks_class)]
         self._weights_seq_no = 0
         self._name = uuid.uuid4().hex
-        self._engine_counted: dict[str, float] = {}
+        self._engine_meter = EngineMeter()
         self._cursor: TaskCursor | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
@@ -82,6 +76,13 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
         self._thread.start()
         self.make_env()
         self.make_module()
+        share = self.config.total_train_batch_size / max(self.num_workers, 1)
+        self._queue = TreeQueue(
+            self._grow_one,
+            max_growing=self.config.max_concurrent_trees or math.ceil(share),
+        )
+        self._stream = ""
+        self._counted_at = 0.0
 
     @override(EnvRunner)
     def make_env(self) -> None:
@@ -164,18 +165,30 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
                 tasks, seeds, tree_settings or self.config.tree_settings(), sampling
             )
         )
-        self._log(trees, time.monotonic() - start)
-        self._call_back("on_sample_end", samples=trees)
+        self._count(trees, time.monotonic() - start)
         return trees
 
+    def _count(self, trees: Sequence[RolloutTree], sample_time_s: float) -> None:
+        self.num_env_steps_sampled_lifetime += sum(map(len, trees))
+        log_trees_sampled(self.metrics, trees)
+        self._engine_meter.log(self.metrics, self.engine, sample_time_s)
+        self._call_back("on_sample_end", samples=trees)
+
     def sample_and_get_metrics(
-        self, **kwargs: Any
-    ) -> tuple[list[RolloutTree], dict[str, Any]] | ARPOError:
+        self, *, weights_seq_no: int = 0, **kwargs: Any
+    ) -> tuple[list[RolloutTree], dict[str, Any]] | ARPOError | None:
         """`sample` and `get_metrics` in one remote call.
 
         An error of the user's reward, data or settings is returned, not raised:
         RLlib would restart the actor, which cures nothing, and hide the message.
+
+        Args:
+            weights_seq_no: None is returned when this runner's weights are older: it
+                was restarted, and nobody has noticed.
+            **kwargs: see `sample`.
         """
+        if self._weights_seq_no < weights_seq_no:
+            return None
         try:
             return self.sample(**kwargs), self.get_metrics()
         except EngineError:
@@ -190,26 +203,78 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
         settings: TreeSettings,
         sampling: SamplingParams,
     ) -> list[RolloutTree]:
-        vocab_size = self.env.action_space.vocab_size
         try:
             async with asyncio.TaskGroup() as group:
                 growing = [
-                    group.create_task(
-                        grow_tree(
-                            task,
-                            env=self.env,
-                            engine=self.engine,
-                            settings=settings,
-                            sampling=sampling,
-                            vocab_size=vocab_size,
-                            seed=seed,
-                        )
-                    )
+                    group.create_task(self._grow_one(seed, task, settings, sampling))
                     for task, seed in zip(tasks, seeds, strict=True)
                 ]
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from failed
         return [tree.result() for tree in growing]
+
+    async def _grow_one(
+        self,
+        seed: int,
+        task: Task,
+        settings: TreeSettings | None = None,
+        sampling: SamplingParams | None = None,
+    ) -> RolloutTree:
+        return await grow_tree(
+            task,
+            env=self.env,
+            engine=self.engine,
+            settings=settings or self.config.tree_settings(),
+            sampling=sampling or self.config.sampling_params(),
+            vocab_size=self.env.action_space.vocab_size,
+            seed=seed,
+        )
+
+    def open_stream(self) -> str:
+        """Forget all jobs given so far; the name of a new stream of jobs.
+
+        A runner that was restarted knows of no stream, so that jobs which died with
+        its process are missed.
+        """
+        self._run(self._queue.clear())
+        self._stream = uuid.uuid4().hex
+        return self._stream
+
+    def start_trees(self, jobs: Sequence[Job], *, stream: str) -> None:
+        """Take jobs to be grown in the background; those of another stream are not."""
+        if stream == self._stream:
+            if not self._queue.num_growing:
+                self._counted_at = time.monotonic()
+            self._run(self._queue.put(jobs))
+
+    def finished_trees(self, *, stream: str, wait_s: float) -> Harvest | None:
+        """What the background has grown since the last call.
+
+        Args:
+            stream: as `open_stream` named it.
+            wait_s: how long to wait for the first tree. Keep it short: new weights
+                wait meanwhile.
+
+        Returns:
+            None when the stream is not this runner's.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        if stream != self._stream:
+            return None
+        trees, errors = self._queue.take(wait_s)
+        if trees:
+            now = time.monotonic()
+            self._count(trees, now - self._counted_at)
+            self._counted_at = now
+        return Harvest(
+            trees=trees,
+            errors=errors,
+            stats=self.get_metrics() if trees else None,
+            num_waiting=self._queue.num_waiting,
+            num_growing=self._queue.num_growing,
+        )
 
     def _call_back(self, name: str, **kwargs: Any) -> None:
         make_callback(
@@ -224,57 +289,6 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
             tasks = resolve_tasks(self.config.train_tasks, setting="train_tasks")
             self._cursor = TaskCursor(tasks, seed=self._seed or 0)
         return self._cursor.next(count)
-
-    def _log(self, trees: Sequence[RolloutTree], sample_time_s: float) -> None:
-        steps = sum(len(tree) for tree in trees)
-        self.num_env_steps_sampled_lifetime += steps
-        for key, value, reduce in (
-            (NUM_ENV_STEPS_SAMPLED, steps, "sum"),
-            (NUM_ENV_STEPS_SAMPLED_LIFETIME, steps, "lifetime_sum"),
-            (NUM_AGENT_STEPS_SAMPLED, {DEFAULT_AGENT_ID: steps}, "sum"),
-            (
-                NUM_AGENT_STEPS_SAMPLED_LIFETIME,
-                {DEFAULT_AGENT_ID: steps},
-                "lifetime_sum",
-            ),
-            (NUM_EPISODES, len(trees), "sum"),
-            (NUM_EPISODES_LIFETIME, len(trees), "lifetime_sum"),
-        ):
-            if isinstance(value, dict):
-                self.metrics.log_dict(value, key=key, reduce=reduce)
-            else:
-                self.metrics.log_value(
-                    key,
-                    value,
-                    reduce=reduce,
-                    with_throughput=key == NUM_ENV_STEPS_SAMPLED_LIFETIME,
-                )
-        self._log_engine(sample_time_s)
-
-    def _log_engine(self, sample_time_s: float) -> None:
-        """What the engine did since the last time, to be summed over runners."""
-        counted = self.engine.metrics()
-        before = self._engine_counted
-        for name, value in counted.items():
-            key = (ENGINE_METRICS, name)
-            if name in ENGINE_LEVELS:
-                self.metrics.log_value(key, value, window=1)
-            else:
-                done = value - before.get(name, 0.0)
-                self.metrics.log_value(key, done, reduce="sum")
-        self._engine_counted = counted
-        cached, prompt = (
-            counted[name] - before.get(name, 0.0)
-            for name in ("num_cached_prompt_tokens", "num_prompt_tokens")
-        )
-        self.metrics.log_value(
-            (ENGINE_METRICS, PREFIX_CACHE_HIT_RATE),
-            cached / prompt if prompt else 0.0,
-            window=1,
-        )
-        self.metrics.log_value(
-            (ENGINE_METRICS, ENGINE_SAMPLE_TIME_S), sample_time_s, reduce="sum"
-        )
 
     @override(EnvRunner)
     def get_metrics(self) -> dict[str, Any]:
@@ -361,6 +375,7 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
 
     @override(EnvRunner)
     def stop(self) -> None:
+        self._run(self._queue.clear())
         self._run(_call(self.engine.close))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

@@ -12,10 +12,8 @@ from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
 from rllib_arpo.errors import ARPOError, EngineError
 from rllib_arpo.metrics import NUM_TREES_REQUEUED
-from rllib_arpo.tree import RolloutTree, Task
-
-# What there is to do: a tree's seed and its task.
-Job = tuple[int, Task]
+from rllib_arpo.rollouts.tree_queue import Job
+from rllib_arpo.tree import RolloutTree
 
 
 def grow_trees(
@@ -32,7 +30,8 @@ def grow_trees(
     Args:
         group: the EnvRunners.
         jobs: their seeds are all different.
-        wait: called when trees are missing; returns when a runner is healthy.
+        wait: called when trees are missing; returns when a runner is healthy, and
+            all that are have the current weights.
         **kwargs: of `ARPOEnvRunner.sample`.
 
     Returns:
@@ -72,7 +71,7 @@ def call_env_runners(
     local: bool,
     **kwargs: Any,
 ) -> list[tuple[list[RolloutTree], dict[str, Any]]]:
-    """Spread jobs over the healthy runners; the dead do not answer."""
+    """Spread jobs over the healthy runners; the dead and outdated do not answer."""
     ids = [] if local else group.healthy_env_runner_ids()
     parts = [jobs[i :: max(len(ids), 1)] for i in range(max(len(ids), 1))]
     calls = [
@@ -99,7 +98,7 @@ def call_env_runners(
     for answer in answers:
         if isinstance(answer, ARPOError):
             raise answer
-    return answers
+    return [answer for answer in answers if answer is not None]
 
 
 def wait_for_env_runner(
