@@ -23,7 +23,7 @@ FLEX = "flex_attention"
 BLOCK = 128
 
 # Time of attention on a CPU per multiplication, against that of a matrix product.
-CPU_ATTENTION_COST = 2.0
+CPU_ATTENTION_COST = 1.5
 
 
 def uses_flex_attention(model: PreTrainedModel) -> bool:
