@@ -53,7 +53,7 @@ def _last_line(error: Exception) -> str:
 
 
 def _free(place: Path) -> str:
-    folder = next(path for path in (place, *place.parents) if path.exists())
+    folder = next(path for path in (place, *place.parents) if path.is_dir())
     return f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free in {folder}"
 
 
