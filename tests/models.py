@@ -29,6 +29,7 @@ def tiny_model(
     num_layers: int = 2,
     num_heads: int = 2,
     tied: bool = True,
+    max_positions: int = 512,
     seed: int = 0,
 ) -> PreTrainedModel:
     """A model of `family`; same arguments, same weights."""
@@ -40,7 +41,7 @@ def tiny_model(
         num_attention_heads=num_heads,
         num_key_value_heads=num_heads,
         head_dim=hidden_size // num_heads,
-        max_position_embeddings=512,
+        max_position_embeddings=max_positions,
         tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=None,
