@@ -152,11 +152,13 @@ class Checkpoints(Algorithm):
         folder = Path(folder).absolute()
 
         def write(learner: Any, *_: Any) -> CheckpointError | None:
+            # Put together by all learners, since it may be spread over them.
+            state = learner.language_model.export_state()
             if dist.is_initialized() and dist.get_rank() > 0:
                 return None
             try:
                 with merged_aside(folder) as aside:
-                    learner.language_model.save_pretrained(aside)
+                    learner.language_model.save_pretrained(aside, state)
             except CheckpointError as error:
                 return error  # raised here, Ray would wrap it into a traceback
             return None

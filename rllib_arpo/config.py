@@ -35,6 +35,7 @@ from rllib_arpo.engines.engine import Engine, SamplingParams
 from rllib_arpo.envs.tool_use_env import ToolUseEnv
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.imports import import_object
+from rllib_arpo.lora import lora_settings
 from rllib_arpo.rollouts.branching import BRANCH_RULES, BranchRule, TreeSettings
 
 if TYPE_CHECKING:
@@ -115,6 +116,9 @@ class ARPOConfig(AlgorithmConfig):
         self.asynchronous = False
         self.max_policy_lag = 1
         self.max_concurrent_trees: int | None = None
+
+        # learners()
+        self.learner_strategy = "ddp"
 
         # debugging()
         self.deterministic = False
@@ -236,6 +240,21 @@ class ARPOConfig(AlgorithmConfig):
             top_p=top_p,
             top_k=top_k,
         )
+
+    @override(AlgorithmConfig)
+    def learners(self, *, learner_strategy: str = NOT_PROVIDED, **kwargs: Any) -> Self:
+        """Set how many learners there are, and what each of them holds.
+
+        Args:
+            learner_strategy: "ddp": every learner holds the whole model, and gradients
+                are summed once after the last micro-batch of a step, as DDP's
+                `no_sync` does. "fsdp2": every learner holds a part of the weights,
+                gradients and optimizer states (PyTorch's FSDP2). Both train the same
+                model, as does one learner; with fewer than two they do not differ.
+            **kwargs: see `AlgorithmConfig.learners`.
+        """
+        super().learners(**kwargs)
+        return self._set(learner_strategy=learner_strategy)
 
     @override(AlgorithmConfig)
     def debugging(self, *, deterministic: bool = NOT_PROVIDED, **kwargs: Any) -> Self:
@@ -533,12 +552,15 @@ class ARPOConfig(AlgorithmConfig):
         """
         model = str(self.model_config["model"])
         dtype: Any = self.model_config.get("dtype") or "float32"
+        given = self.model_config.get("lora")
+        lora = None if given is None else lora_settings(given)
         if self.engine_name == "torch":
             from rllib_arpo.engines.torch_engine import TorchEngine
 
             return TorchEngine.from_pretrained(
                 model,
                 dtype=dtype,
+                lora=lora,
                 deterministic=self.deterministic,
                 **self.engine_kwargs,
             )
@@ -550,6 +572,7 @@ class ARPOConfig(AlgorithmConfig):
         return await VLLMEngine.start(
             model,
             dtype=dtype,
+            lora=lora,
             weight_transfer=self.weight_transfer,
             colocate=self.colocate,
             log_file=folder / f"vllm_{worker_index}.log",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rllib_arpo.engines.torch_engine import Settings
 from rllib_arpo.errors import ConfigError
+from rllib_arpo.lora import lora_settings
 
 if TYPE_CHECKING:
     from rllib_arpo.config import ARPOConfig
@@ -22,6 +23,7 @@ CHOICES = {
     "optimizer": ("adamw", "muon"),
     "lr_schedule": ("constant", "linear", "cosine"),
     "packing": ("tree", "paths"),
+    "learner_strategy": ("ddp", "fsdp2"),
 }
 
 
@@ -47,6 +49,7 @@ def faults(config: "ARPOConfig") -> Iterator[str]:
             'No model: set `.rl_module(model_config={"model": ...})` to a '
             "Hugging Face folder or hub name."
         )
+    yield from _lora_faults(config)
     yield from _engine_faults(config)
     if not config.in_evaluation:
         yield from _batch_faults(config)
@@ -54,6 +57,26 @@ def faults(config: "ARPOConfig") -> Iterator[str]:
         yield from _sampling_faults(config)
         yield from _asynchronous_faults(config)
         yield from _evaluation_faults(config)
+
+
+def _lora_faults(config: "ARPOConfig") -> Iterator[str]:
+    if "lora" in config.engine_kwargs:
+        yield (
+            "`engine_kwargs` holds `lora`, which learners must know as well: set "
+            '`.rl_module(model_config={"lora": ...})`.'
+        )
+    given = config.model_config.get("lora")
+    if given is None:
+        return
+    try:
+        lora_settings(given)
+    except ConfigError as error:
+        yield f"{error}."
+    if config.weight_transfer != "object_store":
+        yield (
+            f"`weight_transfer` ({config.weight_transfer!r}) sends whole models, "
+            "`lora` trains adapters: take the 'object_store'."
+        )
 
 
 def _engine_faults(config: "ARPOConfig") -> Iterator[str]:

@@ -17,9 +17,10 @@ from ray.rllib.utils.annotations import override
 from ray.rllib.utils.checkpoints import Checkpointable
 
 from rllib_arpo.errors import LearnerError
+from rllib_arpo.learner.group_state import WholeState
 
 
-class ARPOLearnerGroup(LearnerGroup):
+class ARPOLearnerGroup(WholeState):
     """Coordinates the learners; the first death of one stops training."""
 
     _death: str | None = None
@@ -67,7 +68,7 @@ class _RaisingManager(FaultTolerantActorManager):
     @override(FaultTolerantActorManager)
     def foreach_actor(self, *args: Any, **kwargs: Any) -> RemoteCallResults:
         answers = super().foreach_actor(*args, **kwargs)
-        failed = [result for result in answers if not result.ok]
+        failed: list[Any] = [result for result in answers if not result.ok]
         for result in failed:
             # RLlib takes a learner out of service for any error; a full disk is none
             # of the learner's.

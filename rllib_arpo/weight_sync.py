@@ -57,14 +57,14 @@ class WeightSync(Algorithm):
         remote = self.env_runner_group.num_remote_env_runners() > 0
         through_store = self.config.weight_transfer == "object_store"
 
-        def publish(learner: Any, *_: Any) -> dict[str, Any]:
+        def publish(learner: Any, *_: Any) -> dict[str, Any] | None:
             state = learner.engine_state(weights=through_store)
-            if remote and through_store:
+            if state is not None and remote and through_store:
                 state[COMPONENT_RL_MODULE] = ray.put(state[COMPONENT_RL_MODULE])
             return state
 
-        first = None if self.learner_group.is_local else [0]
-        (state,) = self._call_learners(publish, remote_actor_ids=first)
+        # All are asked, since weights may be spread over them; the first one answers.
+        (state,) = [s for s in self._call_learners(publish) if s is not None]
         self._weights_seq_no = state[WEIGHTS_SEQ_NO]
         return state
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self, TypedDict, Unpack
+from typing import Any, Self, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from rllib_arpo.engines.engine import (
 from rllib_arpo.engines.model_runner import ModelRunner, context_length
 from rllib_arpo.engines.sampling import eos_ids, token_bytes
 from rllib_arpo.errors import ConfigError, EngineError
+from rllib_arpo.lora import AdapterMerger
 
 # Turns of the event loop without news after which, in deterministic mode, every
 # path has made its move.
@@ -39,7 +40,7 @@ _QUIET_TURNS = 8
 
 
 class Settings(TypedDict, total=False):
-    """The keyword arguments of `TorchEngine`, but for `dtype`."""
+    """The keyword arguments of `TorchEngine`, but for `dtype` and `lora`."""
 
     max_num_seqs: int
     max_model_len: int | None
@@ -64,6 +65,8 @@ class TorchEngine:
         prefix_cache_tokens: tokens of finished sequences kept for reuse.
         device: moved there when given.
         dtype: the parameters are cast to it when given.
+        lora: as from `lora_settings`; updates are then adapters, which are added to
+            the weights.
         deterministic: see above.
 
     Raises:
@@ -80,6 +83,7 @@ class TorchEngine:
         prefix_cache_tokens: int = 65_536,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        lora: Mapping[str, Any] | None = None,
         deterministic: bool = False,
     ) -> None:
         context = context_length(model)
@@ -104,6 +108,7 @@ class TorchEngine:
             # Buffers, such as rotary frequencies, keep their precision.
             parameter.data = parameter.data.to(dtype)
         self._runner = ModelRunner(model)
+        self._merger = None if lora is None else AdapterMerger(model, lora)
         # A configuration may name an EOS beyond the vocabulary: never sampled.
         is_eos = np.isin(
             np.arange(self._runner.vocab_size),
@@ -130,6 +135,7 @@ class TorchEngine:
         name_or_folder: str | Path,
         *,
         dtype: torch.dtype | None = None,
+        lora: Mapping[str, Any] | None = None,
         **settings: Unpack[Settings],
     ) -> Self:
         """Load model and tokenizer; `settings` are the constructor's.
@@ -145,7 +151,7 @@ class TorchEngine:
                 f"cannot load a causal LM with its tokenizer from {name_or_folder}: "
                 f"{error}"
             ) from error
-        return cls(model, tokenizer, **settings)
+        return cls(model, tokenizer, lora=lora, **settings)
 
     @property
     def policy_version(self) -> int:
@@ -221,7 +227,10 @@ class TorchEngine:
         self, version: int, arrays: Mapping[str, np.ndarray]
     ) -> None:
         """Take new weights; requests in flight go on with them."""
-        self._runner.load_weights(arrays)
+        if self._merger is None:
+            self._runner.load_weights(arrays)
+        else:
+            self._merger.load(arrays)
         self._version = version
         self._batch.recompute()
 

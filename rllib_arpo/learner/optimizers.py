@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rllib_arpo.arrays import to_numpy, to_tensor
+from rllib_arpo.arrays import to_tensor
 from rllib_arpo.errors import ConfigError
+from rllib_arpo.learner.fsdp import part_like, read_out
 
 OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -164,15 +165,30 @@ def set_learning_rate(
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state dict with numpy arrays in place of tensors."""
-    return _map_leaves(optimizer.state_dict(), torch.Tensor, to_numpy)
+    """The optimizer's state dict with numpy arrays in place of tensors.
+
+    Of tensors that are spread over learners all must ask, and the first gets the
+    whole, the others None.
+    """
+    return _map_leaves(optimizer.state_dict(), torch.Tensor, read_out)
 
 
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """Take back what `optimizer_state` gave."""
-    optimizer.load_state_dict(_map_leaves(state, np.ndarray, to_tensor))
+    """Take back what `optimizer_state` gave, or of whole tensors one's own part."""
+    state = _map_leaves(state, np.ndarray, to_tensor)
+    owned = [p for group in optimizer.param_groups for p in group["params"]]
+    parts = {
+        index: {
+            name: part_like(owned[index], value)
+            if isinstance(value, torch.Tensor) and value.shape == owned[index].shape
+            else value
+            for name, value in values.items()
+        }
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": parts})
 
 
 def _map_leaves(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:

@@ -44,6 +44,7 @@ class StepTotals:
         sums: sum of each metric over them, each token with its weight.
         maxima: maximum of each.
         grad_norm: before clipping; not finite if any learner's was not.
+        num_row_tokens: tokens of all rows, padding excluded.
     """
 
     loss: float = 0.0
@@ -52,12 +53,14 @@ class StepTotals:
     sums: dict[str, float] = field(default_factory=dict)
     maxima: dict[str, float] = field(default_factory=dict)
     grad_norm: float = 0.0
+    num_row_tokens: int = 0
 
     def add(self, other: "StepTotals") -> None:
         """Add the figures of another learner, or of another step."""
         self.loss += other.loss
         self.num_tokens += other.num_tokens
         self.weight += other.weight
+        self.num_row_tokens += other.num_row_tokens
         for name, value in other.sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         for name, value in other.maxima.items():
@@ -103,9 +106,14 @@ def summarize(
 
 
 class MicrobatchSums:
-    """Adds up micro-batches on the device, without waiting for it."""
+    """Adds up micro-batches on the device, without waiting for it.
+
+    Attributes:
+        num_row_tokens: tokens of their rows, padding excluded.
+    """
 
     def __init__(self) -> None:
+        self.num_row_tokens = 0
         self._losses: list[Tensor] = []
         self._sums: list[Tensor] = []
         self._maxima: list[Tensor] = []
@@ -130,7 +138,10 @@ class MicrobatchSums:
     def totals(self, num_tokens: int, weight: float, grad_norm: Tensor) -> StepTotals:
         """Read everything at once."""
         totals = StepTotals(
-            num_tokens=num_tokens, weight=weight, grad_norm=float(grad_norm)
+            num_tokens=num_tokens,
+            weight=weight,
+            grad_norm=float(grad_norm),
+            num_row_tokens=self.num_row_tokens,
         )
         if self._losses:
             totals.loss = float(torch.stack(self._losses).sum())

@@ -7,6 +7,8 @@ from rllib_arpo.learner.losses import Aggregation
 from rllib_arpo.learner.optimizers import OptimizerName, Schedule
 from rllib_arpo.learner.packing import Packing
 
+LearnerStrategy = Literal["ddp", "fsdp2"]
+
 
 class OptimizationSettings(Protocol):
     """What every learner reads."""
@@ -27,6 +29,7 @@ class OptimizationSettings(Protocol):
     max_tokens_per_microbatch: int
     max_skipped_steps: int
     loss_aggregation: Aggregation
+    learner_strategy: LearnerStrategy
     seed: int | None
 
 

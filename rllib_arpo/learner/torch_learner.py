@@ -9,40 +9,32 @@ Where this differs from RLlib's own loop, and why:
 1. A minibatch is a number of trees. RLlib's slices rows and repeats rows to fill the
    last slice.
 2. The loss is divided by the token (or row) count of the whole step over all learners,
-   so micro-batches and learners add up to the exact full-batch gradient. Gradients are
-   summed by hand after the last micro-batch; learners may differ in their number.
+   so micro-batches and learners add up to the exact full-batch gradient. Learners may
+   differ in their number of micro-batches: "ddp" sums gradients by hand after the last
+   one, and with "fsdp2" a learner that has none left computes blank ones.
 3. One check of the total gradient norm decides for all learners whether to step.
 4. The learning rate follows the number of optimizer steps, and is checkpointed.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from ray.actor import ActorHandle
-from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
+from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.learner.learner import Learner
-from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.utils.annotations import override
-from ray.rllib.utils.metrics import ALL_MODULES, NUM_ENV_STEPS_TRAINED, WEIGHTS_SEQ_NO
+from ray.rllib.utils.metrics import ALL_MODULES, NUM_ENV_STEPS_TRAINED
 from torch import Tensor
 
 from rllib_arpo.arrays import to_numpy
-from rllib_arpo.engines.weights import WEIGHT_PROBE
-from rllib_arpo.errors import ConfigError, DivergenceError
-from rllib_arpo.learner import losses, microbatches, packing
+from rllib_arpo.errors import DivergenceError
+from rllib_arpo.learner import fsdp, losses, microbatches, packing
 from rllib_arpo.learner.connectors import REWARD_MEAN, REWARD_STD, ROW_COST
-from rllib_arpo.learner.optimizers import (
-    NamedOptimizer,
-    build_optimizers,
-    load_optimizer_state,
-    optimizer_state,
-    set_learning_rate,
-)
+from rllib_arpo.learner.learner_state import LearnerState
+from rllib_arpo.learner.optimizers import set_learning_rate
 from rllib_arpo.learner.reduction import (
     MicrobatchSums,
     StepTotals,
@@ -52,65 +44,18 @@ from rllib_arpo.learner.reduction import (
     summarize,
 )
 from rllib_arpo.learner.scoring import EntropyMode
-from rllib_arpo.learner.settings import LearnerSettings
 from rllib_arpo.learner.training_data import TreeTrainingData, as_tree_data
-from rllib_arpo.learner.tree_attention import (
-    BLOCK,
-    attention_cost,
-    use_tree_attention,
-    uses_flex_attention,
-)
-from rllib_arpo.rl_module import CausalLMRLModule
+from rllib_arpo.learner.tree_attention import BLOCK, uses_flex_attention
 from rllib_arpo.tree import RolloutTree
 
-if TYPE_CHECKING:
-    from rllib_arpo.engines.vllm_transfer import WeightSender
-
-SCHEDULE = "schedule"
 DIFFERENCE = "sampler_logprob_difference"
 
 
-class ARPOTorchLearner(TorchLearner):
+class ARPOTorchLearner(LearnerState):
     """Trains a `CausalLMRLModule` on rollout trees.
 
     To change the objective, override `compute_token_losses`.
     """
-
-    @override(TorchLearner)
-    def build(self) -> None:
-        self.num_optimizer_steps = 0
-        self.num_skipped_steps = 0
-        self._skipped_in_a_row = 0
-        self.named_optimizers: list[NamedOptimizer] = []
-        self._weight_sender: WeightSender | None = None
-        self._receivers: list[str] = []
-        super().build()
-        self.row_cost = self._prepare_attention()
-        if self.distributed:
-            for parameter in self.language_model.parameters():
-                dist.broadcast(parameter.data, src=0)
-
-    def _prepare_attention(self) -> packing.RowCost:
-        """Make the model ready for the rows that it will get, and price them."""
-        settings, model = self.settings, self.language_model.model
-        if settings.packing == "tree":
-            for scorer in self.language_model.scorers:
-                use_tree_attention(scorer.model, torch.device(self._device))
-        return packing.RowCost(
-            attention=attention_cost(model),
-            max_tokens=settings.max_tokens_per_row
-            or settings.max_tokens_per_microbatch,
-        )
-
-    @property
-    def settings(self) -> LearnerSettings:
-        """The config, as far as a learner reads it."""
-        return cast(LearnerSettings, self.config)
-
-    @property
-    def language_model(self) -> CausalLMRLModule:
-        """The module being trained."""
-        return cast(CausalLMRLModule, self.module[DEFAULT_MODULE_ID])
 
     @property
     def temperature(self) -> float:
@@ -121,31 +66,6 @@ class ARPOTorchLearner(TorchLearner):
     def entropy_mode(self) -> EntropyMode:
         """Whether the loss needs entropies, and with gradient."""
         return "gradient" if self.settings.entropy_coeff else "value"
-
-    @override(TorchLearner)
-    def _make_modules_ddp_if_necessary(self) -> None:
-        """Nothing to wrap: `sum_gradients` adds up the learners' gradients."""
-
-    @override(TorchLearner)
-    def configure_optimizers_for_module(
-        self, module_id: str, config: Any = None
-    ) -> None:
-        settings = self.settings
-        self.named_optimizers = build_optimizers(
-            self.language_model.model,
-            optimizer=settings.optimizer,
-            lr=settings.lr,
-            muon_lr=settings.muon_lr,
-            weight_decay=settings.weight_decay,
-            adam_betas=settings.adam_betas,
-        )
-        for named in self.named_optimizers:
-            self.register_optimizer(
-                module_id=module_id,
-                optimizer_name=named.name,
-                optimizer=named.optimizer,
-                params=named.parameters,
-            )
 
     @override(Learner)
     def update(
@@ -187,7 +107,11 @@ class ARPOTorchLearner(TorchLearner):
                 shuffle=shuffle_batch_per_epoch,
             )
         ]
-        self._log_update([s for s in steps if s is not None], data.trees)
+        self._log_update(
+            [s for s in steps if s is not None],
+            data.trees,
+            num_epochs=num_epochs or self.settings.num_epochs,
+        )
         self.after_gradient_based_update(timesteps=timesteps or {})
         return None if _no_metrics_reduce else self.metrics.reduce()
 
@@ -220,10 +144,15 @@ class ARPOTorchLearner(TorchLearner):
         """[N] float32 log-probabilities under the weights as they are."""
         lengths = columns[packing.ROW_LENGTHS]
         scores = np.zeros(len(columns[packing.TOKEN_IDS]), np.float32)
-        for rows in self._microbatches(columns, np.arange(len(lengths))):
+        scored = np.flatnonzero(microbatches.loss_tokens(columns))
+        for rows in self._microbatches(columns, scored):
+            if rows is None:
+                self._forward_blank("none")
+                continue
             logprobs = self._forward(columns, rows, "none")[1]["logprobs"]
             index, valid = microbatches.row_index(lengths, rows)
-            scores[index[valid]] = to_numpy(logprobs)[valid]
+            # Rows may be padded further for the attention kernel.
+            scores[index[valid]] = to_numpy(logprobs)[:, : valid.shape[1]][valid]
         return scores
 
     def _minibatches(
@@ -248,12 +177,19 @@ class ARPOTorchLearner(TorchLearner):
 
     def _microbatches(
         self, columns: packing.FlatColumns, rows: np.ndarray
-    ) -> list[np.ndarray]:
-        return microbatches.split_rows(
-            columns[packing.ROW_LENGTHS],
-            rows,
-            max_tokens=self.settings.max_tokens_per_microbatch,
-        )
+    ) -> list[np.ndarray | None]:
+        """Rows of each micro-batch; None for a blank one, to keep step with others."""
+        groups: list[np.ndarray | None] = [
+            *microbatches.split_rows(
+                columns[packing.ROW_LENGTHS],
+                rows,
+                max_tokens=self.settings.max_tokens_per_microbatch,
+            )
+        ]
+        if self.is_sharded:
+            most = max(gather(len(groups), distributed=True))
+            groups += [None] * (most - len(groups))
+        return groups
 
     def _forward(
         self, columns: packing.FlatColumns, rows: np.ndarray, entropy: EntropyMode
@@ -265,9 +201,23 @@ class ARPOTorchLearner(TorchLearner):
             rows,
             device=self._device,
             dtype=torch.promote_types(model.dtype, torch.float32),
-            multiple_of=BLOCK if uses_flex_attention(model) else 1,
+            multiple_of=self._multiple_of,
         )
         return batch, self.language_model.forward_train(batch)
+
+    def _forward_blank(self, entropy: EntropyMode) -> Tensor:
+        """Take part in the other learners' forward pass; 0, with a gradient of 0."""
+        batch = fsdp.blank_batch(
+            device=self._device,
+            length=self._multiple_of,
+            packed=self.settings.packing == "tree",
+        )
+        batch["entropy"] = entropy
+        return self.language_model.forward_train(batch)["logprobs"].sum()
+
+    @property
+    def _multiple_of(self) -> int:
+        return BLOCK if uses_flex_attention(self.language_model.model) else 1
 
     def compute_token_losses(
         self, batch: Mapping[str, Any], fwd_out: Mapping[str, Tensor]
@@ -345,20 +295,24 @@ class ARPOTorchLearner(TorchLearner):
             named.optimizer.zero_grad(set_to_none=True)
         sums = MicrobatchSums()
         for chosen in self._microbatches(columns, rows[tokens > 0]):
+            if chosen is None:
+                self._forward_blank(self.entropy_mode).backward()
+                continue
             batch, fwd_out = self._forward(columns, chosen, self.entropy_mode)
             token_losses = self.compute_token_losses(batch, fwd_out)
             loss = self._weigh(batch, token_losses, total)
             loss.backward()
             sums.add(loss, token_losses, batch[packing.LOSS_WEIGHTS])
+            sums.num_row_tokens += int(columns[packing.ROW_LENGTHS][chosen].sum())
         return self._apply_step(sums, own)
 
     def _apply_step(self, sums: MicrobatchSums, own: tuple[int, float]) -> StepTotals:
         """Clip and step, unless the gradient of any learner is not finite."""
         parameters = [p for named in self.named_optimizers for p in named.parameters]
-        if self.distributed:
+        if self.distributed and not self.is_sharded:
             sum_gradients(parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = fsdp.whole(torch.nn.utils.get_total_norm(gradients))
         totals = StepTotals()
         for part in gather(sums.totals(*own, norm), distributed=self.distributed):
             totals.add(part)
@@ -394,110 +348,29 @@ class ARPOTorchLearner(TorchLearner):
                 "`dtype` 'float32', and resume from the last checkpoint."
             )
 
-    def _log_update(self, steps: list[StepTotals], trees: list[RolloutTree]) -> None:
+    def _log_update(
+        self, steps: list[StepTotals], trees: list[RolloutTree], *, num_epochs: int
+    ) -> None:
+        """Log figures over all learners, the same on each: RLlib averages over them.
+
+        `tokens_processed` are the tokens of all rows that one epoch computes, padding
+        excluded, `tokens_unique` those of the trees; a ratio of 1 means that every
+        token was computed once.
+        """
+        unique = sum(tree.num_tokens for tree in trees)
+        unique = sum(gather(unique, distributed=self.distributed))
+        processed = sum(step.num_row_tokens for step in steps) // num_epochs
         values: dict[str, float] = {
             "learning_rate": self.named_optimizers[0].optimizer.param_groups[0]["lr"],
             "num_optimizer_steps": self.num_optimizer_steps,
             "num_skipped_steps": self.num_skipped_steps,
+            "tokens_processed": processed,
+            "tokens_unique": unique,
         }
+        if unique:
+            values["tokens_processed_per_unique"] = processed / unique
         values |= summarize(steps, first_step_only=(DIFFERENCE,))
         for name, value in values.items():
             self.metrics.log_value((DEFAULT_MODULE_ID, name), value, window=1)
         turns = (ALL_MODULES, NUM_ENV_STEPS_TRAINED)
         self.metrics.log_value(turns, sum(map(len, trees)), reduce="sum")
-
-    def engine_state(self, *, weights: bool = True) -> dict[str, Any]:
-        """What an EnvRunner needs to run this policy: weights, version, a probe."""
-        state: dict[str, Any] = {
-            WEIGHTS_SEQ_NO: self._weights_seq_no,
-            WEIGHT_PROBE: self.language_model.weight_probe(),
-        }
-        if weights:
-            state |= self.get_state(components=COMPONENT_RL_MODULE, inference_only=True)
-        return state
-
-    def free_memory(self) -> None:
-        """Give GPU memory back that only an update needs."""
-        for named in self.named_optimizers:
-            named.optimizer.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-
-    def send_weights(
-        self,
-        env_runners: Sequence[tuple[ActorHandle, str]],
-        *,
-        backend: str,
-        workers_each: int,
-    ) -> None:
-        """Send the weights from GPU to GPU; all learners do so at the same time.
-
-        Args:
-            env_runners: their actors and identities; with others than before all
-                meet anew.
-            backend: "nccl" or "ipc".
-            workers_each: GPUs of each EnvRunner.
-        """
-        names = [name for _, name in env_runners]
-        if self._weight_sender is None or names != self._receivers:
-            from rllib_arpo.engines.vllm_transfer import WeightSender
-
-            self._receivers = names
-            self._weight_sender = WeightSender(
-                self.language_model.model,
-                backend=backend,
-                env_runners=[actor for actor, _ in env_runners],
-                workers_each=workers_each,
-                rank=dist.get_rank() if dist.is_initialized() else 0,
-            )
-        self._weight_sender.send(self._weights_seq_no)
-
-    @override(TorchLearner)
-    def get_state(
-        self,
-        components: str | Collection[str] | None = None,
-        *,
-        not_components: str | Collection[str] | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        state = super().get_state(components, not_components=not_components, **kwargs)
-        if self._check_component(SCHEDULE, components, not_components):
-            state[SCHEDULE] = {
-                "num_optimizer_steps": self.num_optimizer_steps,
-                "num_skipped_steps": self.num_skipped_steps,
-            }
-        return state
-
-    @override(TorchLearner)
-    def set_state(self, state: dict[str, Any]) -> None:
-        # The stock method ignores weights that are older than the ones in place; a
-        # checkpoint is restored whatever its age.
-        current, self._weights_seq_no = self._weights_seq_no, -1
-        try:
-            super().set_state(state)
-        finally:
-            if self._weights_seq_no == -1:
-                self._weights_seq_no = state.get(WEIGHTS_SEQ_NO, current)
-        if SCHEDULE in state:
-            self.num_optimizer_steps = int(state[SCHEDULE]["num_optimizer_steps"])
-            self.num_skipped_steps = int(state[SCHEDULE]["num_skipped_steps"])
-
-    @override(TorchLearner)
-    def _get_optimizer_state(self) -> dict[str, Any]:
-        return {
-            name: {
-                "module_id": self._optimizer_name_to_module[name],
-                "state": optimizer_state(optimizer),
-            }
-            for name, optimizer in self._named_optimizers.items()
-        }
-
-    @override(TorchLearner)
-    def _set_optimizer_state(self, state: dict[str, Any]) -> None:
-        if state.keys() != self._named_optimizers.keys():
-            raise ConfigError(
-                f"the checkpoint holds optimizers {sorted(state)}, this run has "
-                f"{sorted(self._named_optimizers)}: keep the `optimizer` setting of "
-                "the run that saved it"
-            )
-        for name, saved in state.items():
-            load_optimizer_state(self._named_optimizers[name], saved["state"])

@@ -13,6 +13,7 @@ import numpy as np
 from ray.rllib.core.learner.training_data import TrainingData
 
 from rllib_arpo.learner.advantages import sample_std
+from rllib_arpo.learner.packing import RowCost, plan_rows
 from rllib_arpo.tree import RolloutTree
 
 
@@ -24,10 +25,13 @@ class TreeTrainingData(TrainingData):
         reward_mean: mean reward over all leaves of the whole batch; filled in from
             `episodes` when None. A shard keeps the batch's.
         reward_std: sample standard deviation over the same leaves.
+        row_cost: of a tree's rows, by which trees are spread over learners; the
+            LearnerGroup fills it in. None counts the tokens of all paths.
     """
 
     reward_mean: float | None = None
     reward_std: float | None = None
+    row_cost: RowCost | None = None
 
     def __post_init__(self) -> None:
         if self.episodes is not None and self.reward_mean is None:
@@ -66,7 +70,9 @@ class TreeTrainingData(TrainingData):
                 ),
                 {},
             )
-            for part in balance([row_tokens(t) for t in self.trees], num_shards)
+            for part in balance(
+                [tree_cost(tree, self.row_cost) for tree in self.trees], num_shards
+            )
         ]
 
 
@@ -79,7 +85,23 @@ def row_tokens(tree: RolloutTree) -> int:
     return sum(depth[leaf.segment] for leaf in tree.leaves)
 
 
-def balance(costs: Sequence[int], num_parts: int) -> list[list[int]]:
+def tree_cost(tree: RolloutTree, cost: RowCost | None) -> float:
+    """What a learner pays for a tree: Σ T + attention·T² over its rows of T tokens.
+
+    Args:
+        tree: any.
+        cost: of the rows that it is packed into; None if each path is one.
+    """
+    if cost is None:
+        return row_tokens(tree)
+    lengths = [
+        sum(len(tree.segments[index].token_ids) for index in row)
+        for row in plan_rows(tree, cost)
+    ]
+    return sum(length + cost.attention * length**2 for length in lengths)
+
+
+def balance(costs: Sequence[float], num_parts: int) -> list[list[int]]:
     """Spread items over parts: equal counts first, then equal cost.
 
     Longest processing time first: the costliest item left goes to the cheapest part
@@ -90,7 +112,7 @@ def balance(costs: Sequence[int], num_parts: int) -> list[list[int]]:
     """
     room = math.ceil(len(costs) / num_parts)
     parts: list[list[int]] = [[] for _ in range(num_parts)]
-    loads = [0] * num_parts
+    loads = [0.0] * num_parts
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         open_parts = [p for p in range(num_parts) if len(parts[p]) < room]
         part = min(open_parts, key=lambda p: (loads[p], p))

@@ -114,6 +114,7 @@ class LearnerConfig(AlgorithmConfig):
         self.advantage_normalization = "group"
         self.normalize_by_std = True
         self.packing = "tree"
+        self.learner_strategy = "ddp"
         self.max_tokens_per_row = None
         self.max_tokens_per_microbatch = 16384
         self.max_skipped_steps = 10
