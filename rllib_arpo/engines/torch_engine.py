@@ -234,6 +234,10 @@ class TorchEngine:
         self._version = version
         self._batch.recompute()
 
+    def forget(self) -> None:
+        """Drop the prefixes of finished sequences: those computed anew round alike."""
+        self._batch.tree.clear()
+
     async def sleep(self) -> None:
         """Give the memory of keys and values back; weights stay where they are."""
         self._fail("the engine was put to sleep", None)

@@ -203,6 +203,10 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
         settings: TreeSettings,
         sampling: SamplingParams,
     ) -> list[RolloutTree]:
+        if self.config.deterministic:
+            # An evaluation before, or a restart, must not change how sums are rounded.
+            engine: Any = self.engine
+            engine.forget()
         try:
             async with asyncio.TaskGroup() as group:
                 growing = [
