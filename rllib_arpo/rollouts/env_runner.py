@@ -165,12 +165,12 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
                 tasks, seeds, tree_settings or self.config.tree_settings(), sampling
             )
         )
+        log_trees_sampled(self.metrics, trees)
         self._count(trees, time.monotonic() - start)
         return trees
 
     def _count(self, trees: Sequence[RolloutTree], sample_time_s: float) -> None:
         self.num_env_steps_sampled_lifetime += sum(map(len, trees))
-        log_trees_sampled(self.metrics, trees)
         self._engine_meter.log(self.metrics, self.engine, sample_time_s)
         self._call_back("on_sample_end", samples=trees)
 

@@ -72,11 +72,9 @@ class EngineMeter:
                 metrics.log_value(key, counted[name], window=1)
             else:
                 metrics.log_value(key, done[name], reduce="sum")
-        prompt = done["num_prompt_tokens"]
-        metrics.log_value(
-            (ENGINE_METRICS, PREFIX_CACHE_HIT_RATE),
-            done["num_cached_prompt_tokens"] / prompt if prompt else 0.0,
-            window=1,
-        )
+        if prompt := done["num_prompt_tokens"]:
+            rate = done["num_cached_prompt_tokens"] / prompt
+            key = (ENGINE_METRICS, PREFIX_CACHE_HIT_RATE)
+            metrics.log_value(key, rate, window=1)
         key = (ENGINE_METRICS, ENGINE_SAMPLE_TIME_S)
         metrics.log_value(key, sample_time_s, reduce="sum")

@@ -34,7 +34,7 @@ class Harvest:
     Attributes:
         trees: in the order in which they were finished.
         errors: seed -> the error of the user's reward, data or settings.
-        stats: the runner's metrics; None without trees.
+        stats: of the engine; None without trees.
         num_waiting: jobs of which nothing is grown yet.
         num_growing: jobs under way.
     """

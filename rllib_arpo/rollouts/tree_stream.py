@@ -36,6 +36,7 @@ from rllib_arpo.metrics import (
     POLICY_LAG_MAX,
     POLICY_LAG_MEAN,
 )
+from rllib_arpo.rollouts.sampling_counts import log_trees_sampled
 from rllib_arpo.rollouts.tree_queue import Harvest, Job
 from rllib_arpo.tree import RolloutTree, Task
 
@@ -121,13 +122,14 @@ class TreeStream:
         for seed, task in self._next_jobs(room) if room > 0 else ():
             self._jobs[seed] = task
             self._waiting.append(seed)
+        self._collect(wait_s=0)  # what has grown during the update
         while True:
             self._join_runners()
             self._hand_out()
             self._drop_stale(version)
             if len(self._ready) >= self._batch_size:
                 break
-            self._collect()
+            self._collect(wait_s=RESTORE_INTERVAL_S)
         place = {seed: number for number, seed in enumerate(self._jobs)}
         chosen = sorted([*self._ready][: self._batch_size], key=place.__getitem__)
         return [self._ready[seed] for seed in chosen]
@@ -157,12 +159,13 @@ class TreeStream:
         """What is to be aggregated into the metrics since the last call.
 
         Args:
-            trees: what is trained on.
+            trees: what is trained on; they count as this iteration's.
             version: of the learner's weights.
         """
         lags = np.concatenate([version - model_versions(tree) for tree in trees])
         runners = self._runners.values()
         logger = MetricsLogger(root=False)
+        log_trees_sampled(logger, trees)
         for name in (NUM_TREES_REQUEUED, NUM_TREES_STALE):
             logger.log_value(name, self._counts[name], reduce="sum")
         for name, value in (
@@ -244,8 +247,8 @@ class TreeStream:
             call = methodcaller("start_trees", jobs, stream=runner.stream)
             runner.calls.append(runner.actor.apply.remote(call))
 
-    def _collect(self) -> None:
-        """Wait for a runner's answer and take in what it has grown."""
+    def _collect(self, *, wait_s: float) -> None:
+        """Wait for a runner's answer, and take in what has grown."""
         self._check_pushes(wait=False)
         for runner in self._runners.values():
             if runner.poll is None:
@@ -256,7 +259,7 @@ class TreeStream:
         polls = {runner.poll: n for n, runner in self._runners.items()}
         if not polls:
             return
-        done, _ = ray.wait([*polls], timeout=RESTORE_INTERVAL_S)
+        done, _ = ray.wait([*polls], timeout=wait_s)
         for poll in done:
             number = polls[poll]
             try:
