@@ -11,12 +11,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from rllib_arpo.arrays import to_tensor
 from rllib_arpo.errors import ConfigError
-from rllib_arpo.learner.fsdp import part_like, read_out
+from rllib_arpo.learner.fsdp import part_like, read_out, whole
 
 OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -81,7 +82,7 @@ def build_optimizers(
         )
         built.append(NamedOptimizer("adamw", adamw, rest, lr))
     if matrices:
-        muon = torch.optim.Muon(
+        muon = WholeMatrixMuon(
             matrices,
             lr=muon_lr,
             weight_decay=weight_decay,
@@ -90,6 +91,46 @@ def build_optimizers(
         )
         built.append(NamedOptimizer("muon", muon, matrices, muon_lr))
     return built
+
+
+class WholeMatrixMuon(torch.optim.Muon):
+    """Muon for matrices that may be spread over learners.
+
+    What it does to a matrix cannot be done to a part of one. So each update is put
+    together for as long as its step takes; momentum stays spread.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """As Muon's."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not isinstance(parameter, DTensor):
+                    return super().step(closure)
+                if parameter.grad is not None:
+                    self._step_spread(parameter, group)
+        return None
+
+    def _step_spread(self, parameter: DTensor, group: dict[str, Any]) -> None:
+        gradient: Any = parameter.grad
+        state: dict[str, Any] = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        momentum: Tensor = state["momentum_buffer"]
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        update = gradient.lerp(momentum, group["momentum"])
+        step = nn.Parameter(torch.zeros(parameter.shape, device=parameter.device))
+        step.grad = whole(update)
+        # Zero plus one step: what is left to do is the learning rate's alone.
+        torch.optim.Muon(
+            [step],
+            lr=group["lr"],
+            weight_decay=0.0,
+            momentum=0.0,
+            adjust_lr_fn=group["adjust_lr_fn"],
+        ).step()
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(part_like(parameter, step.detach()))
 
 
 def _embedding_ids(model: PreTrainedModel) -> set[int]:
