@@ -82,6 +82,7 @@ def test_imports_point_one_way(monkeypatch):
     [
         ("ray.serve", "serving/"),
         ("mlflow", "tracking/"),
+        ("peft", "lora.py"),
         ("vllm", "engines/vllm_"),
     ],
 )
@@ -105,7 +106,10 @@ def test_the_pure_maths_imports_torch_numpy_and_the_carriers_only(file):
 def test_every_third_party_import_is_a_declared_dependency():
     extras = PROJECT["optional-dependencies"]
     declared = required(
-        [*PROJECT["dependencies"], *extras["serve"], *extras["mlflow"], *extras["vllm"]]
+        [
+            *PROJECT["dependencies"],
+            *(d for name in ("lora", "mlflow", "serve", "vllm") for d in extras[name]),
+        ]
     )
     owners = packages_distributions()
     imported = {
