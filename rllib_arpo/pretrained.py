@@ -96,12 +96,17 @@ def quiet_loading() -> Iterator[None]:
 def head_is_plain(model: PreTrainedModel) -> bool:
     """Whether logits are just the output embedding of the last hidden state.
 
-    Some families scale or cap them afterwards; those are given their whole forward
-    pass instead of one that skips the positions without loss.
+    Some families scale or cap them afterwards.
+
+    Raises:
+        ConfigError: the model has no body and head that could be told apart.
     """
     head = model.get_output_embeddings()
     if head is None or model.base_model is model:
-        return False
+        raise ConfigError(
+            f"{type(model).__name__} is not a causal language model that can be "
+            "trained here: it has no body with an output embedding behind it"
+        )
     ids = torch.arange(4)[None] % model.config.get_text_config().vocab_size
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits

@@ -10,12 +10,14 @@
 
 import contextlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rllib_arpo.learner.tree_attention import attention_mask
 from rllib_arpo.pretrained import head_is_plain
@@ -71,12 +73,10 @@ class TokenScorer(nn.Module):
                 "attention_mask": self._mask(batch),
                 "use_cache": False,
             }
-            head: Head
+            hidden = self.model.base_model(**inputs).last_hidden_state
+            head: Head = partial(_own_head, self.model)
             if self.head_is_plain:
-                hidden = self.model.base_model(**inputs).last_hidden_state
                 head = cast(Head, self.model.get_output_embeddings())
-            else:
-                hidden, head = self.model(**inputs).logits, _identity
             logprobs, entropies = score_targets(
                 hidden[rows, before],
                 ids[rows, columns],
@@ -105,8 +105,26 @@ class TokenScorer(nn.Module):
         return torch.autocast(device.type, dtype=self.compute_dtype)
 
 
-def _identity(logits: Tensor) -> Tensor:
-    return logits
+class _Given(nn.Module):
+    """Stands in for the body of a model: its output is known."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        given: Any = hidden
+        self.output = BaseModelOutputWithPast(last_hidden_state=given)
+
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        return self.output
+
+
+def _own_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits of some hidden states as the model makes them, scaled or capped."""
+    body = model.base_model
+    model._modules[model.base_model_prefix] = _Given(hidden[None])
+    try:
+        return model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+    finally:
+        model._modules[model.base_model_prefix] = body
 
 
 def score_targets(
