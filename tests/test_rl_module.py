@@ -117,14 +117,42 @@ def test_entropy_carries_a_gradient_only_when_asked(tmp_path) -> None:
         assert out["entropies"].requires_grad == wanted
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path) -> None:
-    source = save_tiny_model(tmp_path)
-    gradients = []
+def tree_batch(**extra) -> dict:
+    """One row: two tokens, then two branches of two; all but the first have loss."""
+    return {
+        "token_ids": torch.tensor([[1, 2, 3, 4, 5, 6]]),
+        "position_ids": torch.tensor([[0, 1, 2, 3, 2, 3]]),
+        "predictors": torch.tensor([[-1, 0, 1, 2, 1, 4]]),
+        "subtree_ends": torch.tensor([[6, 6, 4, 4, 6, 6]]),
+        "loss_mask": torch.tensor([[0, 1, 1, 1, 1, 1]]).bool(),
+        **extra,
+    }
+
+
+@pytest.mark.parametrize("batch", [ragged_batch(), tree_batch()])
+def test_checkpointing_keeps_less_and_computes_layers_twice(tmp_path, batch) -> None:
+    source = save_tiny_model(tmp_path, num_layers=6)
+    gradients, kept, passes = [], [], []
     for checkpointing in (False, True):
         module = build(source, gradient_checkpointing=checkpointing)
-        module.forward_train(ragged_batch())["logprobs"].sum().backward()
-        gradients.append(module.model.model.layers[0].mlp.up_proj.weight.grad)
+        calls: list[int] = []
+        layers = module.model.model.layers
+        layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        sizes: list[int] = []
+
+        def keep(tensor: torch.Tensor, sizes=sizes) -> torch.Tensor:
+            sizes.append(0 if tensor.is_leaf else tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = module.forward_train(batch)["logprobs"].sum()
+        kept.append(sum(sizes))
+        loss.backward()
+        passes.append(len(calls))
+        gradients.append(layers[0].mlp.up_proj.weight.grad)
     torch.testing.assert_close(*gradients)
+    assert passes == [1, 2]
+    assert kept[1] < kept[0] / 5
 
 
 def test_the_reference_stays_at_the_first_weights(tmp_path) -> None:

@@ -272,6 +272,46 @@ def test_training_stops_when_too_many_steps_in_a_row_are_not_finite(model) -> No
         assert array.tobytes() == before[name].tobytes()
 
 
+def test_tokens_are_counted_once_for_an_epoch(model) -> None:
+    # One tree of 10 tokens (2 + 3 + 2 + 1 + 2), its two paths of 8 and 9.
+    counts = {
+        "tree": {"tokens_processed": 10, "tokens_processed_per_unique": 1.0},
+        "paths": {"tokens_processed": 17, "tokens_processed_per_unique": 1.7},
+    }
+    for layout, expected in counts.items():
+        learner = build_learner(model, num_epochs=3, packing=layout)
+        metrics = update(learner, [forked_tree()])
+        assert metrics["tokens_unique"] == 10
+        for name, value in expected.items():
+            assert metrics[name] == pytest.approx(value)
+    learner = build_learner(model, max_tokens_per_row=8)  # rows of 8 and 9 tokens
+    assert update(learner, [forked_tree()])["tokens_processed_per_unique"] == 1.7
+
+
+def test_bfloat16_takes_steps_that_bfloat16_cannot_hold(model) -> None:
+    learner = build_learner(
+        model, lr=2e-7, weight_decay=0.0, model_config={"dtype": "bfloat16"}
+    )
+    before = weights(learner)
+    sent_before = learner.language_model.get_state(inference_only=True)
+    update(learner)
+    sent = learner.language_model.get_state(inference_only=True)
+    for name, array in weights(learner).items():
+        assert array.dtype == np.float32
+        if array.ndim == 2:
+            # About 1e-6 of a weight near 0.2; bfloat16 has steps of 4e-3 of it.
+            assert (array != before[name]).mean() > 0.5, name
+            assert (sent[name] == sent_before[name]).mean() > 0.99, name
+
+
+def test_a_bfloat16_loss_is_near_that_of_float32(model) -> None:
+    exact = update(build_learner(model))
+    rounded = update(build_learner(model, model_config={"dtype": "bfloat16"}))
+    assert rounded["total_loss"] == pytest.approx(exact["total_loss"], abs=0.02)
+    assert rounded["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.1)
+    assert rounded["total_loss"] != exact["total_loss"]
+
+
 def test_a_batch_without_trees_changes_nothing(model) -> None:
     learner = build_learner(model)
     before = weights(learner)

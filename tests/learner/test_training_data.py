@@ -1,21 +1,61 @@
 """Trees are handed to learners whole."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rllib_arpo.learner.packing import RowCost
 from rllib_arpo.learner.training_data import (
     TreeTrainingData,
     as_tree_data,
     balance,
     row_tokens,
+    tree_cost,
 )
-from tests.learner.helpers import forked_tree, random_tree
+from rllib_arpo.tree import RolloutTree
+from tests.learner.helpers import TASK, forked_tree, leaf, random_tree, segment
 
 
 def test_a_tree_costs_the_tokens_of_all_its_rows() -> None:
     # 2 + 3 + 2 shared, then 1 and 2: 8 + 9
     assert row_tokens(forked_tree()) == 17
+
+
+def test_a_packed_tree_costs_its_rows_and_their_attention() -> None:
+    # One row of 10 tokens: 10 + .1·100
+    whole = RowCost(attention=0.1, max_tokens=100)
+    assert tree_cost(forked_tree(), whole) == 20
+    # Two rows of 8 and 9: 17 + .1·(64 + 81)
+    assert tree_cost(forked_tree(), RowCost(0.1, 9)) == pytest.approx(31.5)
+    assert tree_cost(forked_tree(), None) == 17
+
+
+def test_trees_are_spread_by_the_cost_of_their_rows() -> None:
+    # 12 leaves of one token share a prompt of 40: 492 as paths, 52 packed.
+    shared = RolloutTree(
+        task=TASK,
+        segments=(
+            segment(None, "prompt", [1] * 40),
+            *(segment(0, "model", [2]) for _ in range(12)),
+        ),
+        leaves=tuple(leaf(1 + i, 1.0) for i in range(12)),
+    )
+    alone = [
+        RolloutTree(
+            task=TASK,
+            segments=(segment(None, "prompt", [1]), segment(0, "model", [2] * length)),
+            leaves=(leaf(1, 1.0),),
+        )
+        for length in (99, 59)
+    ]
+
+    def lengths(cost: RowCost | None) -> list[list[int]]:
+        data = TreeTrainingData(episodes=[shared, *alone], row_cost=cost)
+        return [[t.num_tokens for t in part.episodes] for part, _ in data.shard(2)]
+
+    assert lengths(None) == [[52], [100, 60]]  # 492 | 160
+    assert lengths(RowCost(0.0, 1000)) == [[100], [52, 60]]
 
 
 def test_the_costliest_items_go_apart() -> None:
