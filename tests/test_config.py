@@ -87,6 +87,7 @@ def test_a_group_changes_only_what_it_was_given() -> None:
         ({"engine_name": "vllmm"}, ["`engine_name` ('vllmm')", "'torch'"]),
         ({"engine_kwargs": {"max_seqs": 2}}, ["`max_seqs`", "max_num_seqs"]),
         ({"packing": "trees"}, ["`packing` ('trees')", "'paths'"]),
+        ({"learner_strategy": "fsdp"}, ["`learner_strategy` ('fsdp')", "'fsdp2'"]),
         (
             {"evaluation_interval": 5, "eval_tasks": None},
             ["`evaluation_interval` (5)", "`eval_tasks` is None", "eval_tasks=..."],
@@ -254,6 +255,43 @@ def test_an_evaluation_without_a_fixed_number_of_tasks_is_refused() -> None:
     )
     with pytest.raises(ConfigError, match=r"`evaluation_duration` \('auto'\).*number"):
         config.validate()
+
+
+@pytest.mark.parametrize(
+    ("lora", "settings", "words"),
+    [
+        ({"rank": 8}, {}, ["`rank`", "expected keys", "lora_alpha"]),
+        ({"lora_dropout": 0.1}, {}, ["lora_dropout to 0.1", "expected 0"]),
+        (
+            {"r": 8},
+            {"weight_transfer": "ipc", "engine_name": "vllm"},
+            ["`weight_transfer` ('ipc')", "'object_store'"],
+        ),
+        (
+            None,
+            {"engine_kwargs": {"lora": {"r": 8}}, "engine_name": "vllm"},
+            ["`engine_kwargs` holds `lora`", "model_config"],
+        ),
+    ],
+)
+def test_adapters_that_cannot_be_trained_and_served_are_refused(
+    lora, settings, words
+) -> None:
+    config = arpo_config(FOLDER).debugging(deterministic=False)
+    config.rl_module(model_config={"model": FOLDER, "lora": lora})
+    for name, value in settings.items():
+        setattr(config, name, value)
+    with pytest.raises(ConfigError) as refused:
+        config.validate()
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_adapters_that_can_be_are_not_refused() -> None:
+    lora = {"r": 8, "lora_alpha": 16, "target_modules": {"q_proj"}, "lora_dropout": 0}
+    arpo_config(FOLDER).rl_module(
+        model_config={"model": FOLDER, "lora": lora}
+    ).validate()
 
 
 def test_a_missing_model_is_refused() -> None:
