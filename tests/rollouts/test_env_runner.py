@@ -1,5 +1,9 @@
 """`ARPOEnvRunner` by itself: what RLlib and the Algorithm ask of it."""
 
+import time
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,15 +11,18 @@ from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES, INPUT_ENV_SPACES
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
+from transformers import AutoModelForCausalLM
 
-from rllib_arpo import Trajectory
+from rllib_arpo import RolloutTree, Trajectory
 from rllib_arpo.engines.engine import SamplingParams
 from rllib_arpo.engines.weights import WEIGHT_PROBE
 from rllib_arpo.errors import EngineError, RewardError, WeightSyncError
 from rllib_arpo.rl_module import CausalLMRLModule
 from rllib_arpo.rollouts.branching import TreeSettings, never
 from rllib_arpo.rollouts.env_runner import ARPOEnvRunner
+from rllib_arpo.tree import Leaf, path, path_token_ids
 from tests.tiny_runs import arpo_config, engine_weights, same, tasks, token_ids
+from tests.unruly_envs import UnrulyEnv
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -172,3 +179,103 @@ def test_a_users_error_is_an_answer_and_an_engines_is_raised(almanac_model) -> N
             runner.sample_and_get_metrics(tasks=tasks("train", 1), seeds=[1])
     finally:
         runner.stop()
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened in 60 s"
+        time.sleep(0.01)
+
+
+def harvest(runner: ARPOEnvRunner, stream: str, count: int) -> list[RolloutTree]:
+    """Ask until so many trees have grown."""
+    trees: list[RolloutTree] = []
+
+    def more() -> bool:
+        found = runner.finished_trees(stream=stream, wait_s=0.1)
+        assert found is not None and not found.errors
+        trees.extend(found.trees)
+        return len(trees) >= count
+
+    wait_until(more)
+    return trees
+
+
+def test_trees_of_the_background_are_those_that_sampling_gives(runner) -> None:
+    chosen = tasks("train", 4)
+    expected = runner.sample(tasks=chosen, seeds=[1, 2, 3, 4])
+    stream = runner.open_stream()
+    runner.start_trees(list(zip([1, 2, 3, 4], chosen, strict=True)), stream=stream)
+    trees = {tree.seed: tree for tree in harvest(runner, stream, 4)}
+    assert token_ids([trees[seed] for seed in (1, 2, 3, 4)]) == token_ids(expected)
+
+
+def test_jobs_and_questions_of_another_stream_are_not_taken(runner) -> None:
+    before = runner.open_stream()
+    stream = runner.open_stream()
+    runner.start_trees([(1, tasks("train", 1)[0])], stream=before)
+    assert runner.finished_trees(stream=before, wait_s=0.0) is None
+    found = runner.finished_trees(stream=stream, wait_s=0.0)
+    assert found is not None
+    assert (found.trees, found.num_waiting, found.num_growing) == ([], 0, 0)
+
+
+def test_unfinished_trees_go_on_with_new_weights_and_every_token_says_whose_it_is(
+    cold_start, tmp_path
+) -> None:
+    config = arpo_config(cold_start.model, signs=str(tmp_path))
+    runner = ARPOEnvRunner(config=config.environment(env=UnrulyEnv), worker_index=1)
+    try:
+        first = engine_weights(runner)
+        second = {name: array * 1.02 for name, array in first.items()}
+        # All paths wait after their first turn.
+        (tmp_path / "hold").write_text("*")
+        stream = runner.open_stream()
+        runner.start_trees(list(enumerate(tasks("train", 4))), stream=stream)
+        wait_until(lambda: idle_after_work(runner.engine.metrics()))
+        assert runner.take_weights(state(second, 1)) is None
+        (tmp_path / "hold").unlink()
+        trees = harvest(runner, stream, 4)
+    finally:
+        runner.stop()
+    model = AutoModelForCausalLM.from_pretrained(cold_start.model)
+    checked = set()
+    for version, weights in enumerate((first, second)):
+        model.load_state_dict(
+            {name: torch.from_numpy(array) for name, array in weights.items()},
+            strict=False,
+        )
+        for tree, leaf in [(t, leaf) for t in trees for leaf in t.leaves]:
+            stamped, sampled = sampled_by(tree, leaf)
+            ids = torch.from_numpy(path_token_ids(tree, leaf)).long()
+            with torch.no_grad():
+                scores = model(ids[None]).logits[0].log_softmax(-1)[:-1]
+            scored = scores.gather(1, ids[1:, None])[:, 0].numpy()
+            mine = stamped[1:] == version
+            np.testing.assert_allclose(scored[mine], sampled[1:][mine], atol=1e-4)
+            # Weights of the other version would have been told apart.
+            other = stamped[1:] == 1 - version
+            if other.any():
+                assert np.abs(scored[other] - sampled[1:][other]).max() > 1e-3
+            checked |= {version} if mine.any() else set()
+    assert checked == {0, 1}
+
+
+def idle_after_work(engine: dict[str, float]) -> bool:
+    at_work = engine["num_running"] or engine["num_waiting"]
+    return not at_work and engine["num_generated_tokens"] > 0
+
+
+def sampled_by(tree: RolloutTree, leaf: Leaf) -> tuple[np.ndarray, np.ndarray]:
+    """For each token of a path the version that sampled it, or -1, and its score."""
+    segments = [tree.segments[i] for i in path(tree, leaf)]
+    versions = [
+        s.policy_versions if s.role == "model" else np.full(len(s.token_ids), -1)
+        for s in segments
+    ]
+    logprobs = [
+        s.logprobs if s.role == "model" else np.zeros(len(s.token_ids), np.float32)
+        for s in segments
+    ]
+    return np.concatenate(versions), np.concatenate(logprobs)
