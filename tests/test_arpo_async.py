@@ -17,7 +17,7 @@ import ray
 
 from rllib_arpo import ARPO, ARPOConfig, RolloutTree
 from rllib_arpo.engines.weights import WEIGHT_PROBE
-from rllib_arpo.errors import EngineError, RewardError, WeightSyncError
+from rllib_arpo.errors import ConfigError, EngineError, RewardError, WeightSyncError
 from rllib_arpo.rollouts.branching import derive_seed
 from rllib_arpo.rollouts.tree_stream import model_versions
 from tests.tiny_runs import (
@@ -52,6 +52,41 @@ def asynchronous(model: str, *, lag: int = LAG, **env_config: Any) -> ARPOConfig
         .debugging(deterministic=lag == 0)
         .fault_tolerance(delay_between_env_runner_restarts_s=0.1)
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_env_runners": 0}, ["`asynchronous` (True)", "num_env_runners", "(0)"]),
+        ({"max_policy_lag": -1}, ["`max_policy_lag` (-1)", ">= 0"]),
+        ({"max_concurrent_trees": 0}, ["`max_concurrent_trees` (0)", "None"]),
+        (
+            {"tis_cap": None},
+            ["`max_policy_lag` (2)", 'tis_cap=2.0, old_logprobs="recompute"'],
+        ),
+        (
+            {"old_logprobs": "rollout"},
+            ["`old_logprobs` ('rollout')", 'tis_cap=2.0, old_logprobs="recompute"'],
+        ),
+        ({"deterministic": True}, ["`deterministic` (True)", "`max_policy_lag` (2)"]),
+        ({"dynamic_sampling": True}, ["`dynamic_sampling` (True)", "`asynchronous`"]),
+        ({"tis_cap": 0.5}, ["`tis_cap` (0.5)", ">= 1"]),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_cure(settings, words) -> None:
+    config = asynchronous("model")
+    for name, value in settings.items():
+        setattr(config, name, value)
+    with pytest.raises(ConfigError) as refused:
+        config.validate()
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_without_a_lag_no_importance_weights_are_asked_for() -> None:
+    asynchronous("model", lag=0).training(
+        tis_cap=None, old_logprobs="rollout"
+    ).validate()
 
 
 def record_batches(algorithm: ARPO) -> list[tuple[int, list[RolloutTree]]]:
