@@ -101,5 +101,7 @@ class WholeState(LearnerGroup):
 
     @property
     def _manager(self) -> FaultTolerantActorManager:
-        assert self._worker_manager is not None
-        return self._worker_manager
+        """Of all learners; without one of them the others would wait."""
+        manager = self._worker_manager
+        assert manager is not None and manager.num_healthy_actors() == len(self)
+        return manager

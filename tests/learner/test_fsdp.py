@@ -110,6 +110,16 @@ def test_fsdp2_equals_one_learner(tiny, pair, model_config, settings) -> None:
     assert_close(group_weights(two), weights(one))
 
 
+def dtype_of_gathered_weights(learner) -> set[torch.dtype]:
+    seen: set[torch.dtype] = set()
+    network = learner.language_model.model
+    network.model.layers[0].mlp.up_proj.register_forward_pre_hook(
+        lambda linear, _: seen.add(linear.weight.dtype)
+    )
+    learner.language_model.weight_probe()
+    return seen
+
+
 def test_fsdp2_computes_in_bfloat16_and_keeps_float32(tiny, pair) -> None:
     settings = {**EVERYTHING, "optimizer": "adamw"}
     one = paired_learner(tiny, **settings)
@@ -124,6 +134,7 @@ def test_fsdp2_computes_in_bfloat16_and_keeps_float32(tiny, pair) -> None:
         two, lambda learner: {p.grad.dtype for p in learner.named_optimizers[0][2]}
     )
     assert dtypes == [{torch.float32}] * 2
+    assert on_both(two, dtype_of_gathered_weights) == [{torch.bfloat16}] * 2
     assert_close(group_weights(two), weights(one), 0.01)
 
 
@@ -177,11 +188,12 @@ def test_what_one_learner_saves_two_restore(tiny, pair) -> None:
     assert_close(group_weights(group), weights(one))
 
 
-def test_adapters_train_in_bfloat16_under_fsdp2(tiny, pair) -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_learners_train_adapters_in_bfloat16(tiny, pair, strategy) -> None:
     settings = {**EVERYTHING, "num_epochs": 1}
     one = paired_learner(tiny, model_config={"lora": LORA}, **settings)
     config = {"lora": LORA, "dtype": "bfloat16"}
-    two = pair.build(tiny, "fsdp2", model_config=config, **settings)
+    two = pair.build(tiny, strategy, model_config=config, **settings)
     train(one, BATCHES[0]), train(two, BATCHES[0])
     assert {a.dtype for a in group_weights(two).values()} == {np.dtype(np.float32)}
     assert_close(group_weights(two), weights(one), 0.01)
@@ -202,9 +214,10 @@ def test_two_threads_may_ask_spread_learners_at_once(tiny, pair) -> None:
     assert all(held.keys() == versions[0].keys() for held in versions)
 
 
-def test_all_learners_are_asked_for_engine_state_and_one_answers(tiny, pair) -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_all_are_asked_for_engine_state_and_one_answers(tiny, pair, strategy) -> None:
     one = paired_learner(tiny, **EVERYTHING)
-    two = pair.build(tiny, "fsdp2", **EVERYTHING)
+    two = pair.build(tiny, strategy, **EVERYTHING)
     for _ in range(2):  # scoring the probe leaves the weights as they were
         train(one, BATCHES[0]), train(two, BATCHES[0])
         first, second = on_both(two, lambda learner: learner.engine_state())
