@@ -9,6 +9,7 @@ loop in a thread of its own, on which all paths of all trees run.
    downwards: after a restore, the older weights are the right ones.
 3. It grows trees in one of two ways: `sample` waits for all of them; in asynchronous
    training `start_trees` returns at once, and `finished_trees` asks what has grown.
+4. The class has no coroutine methods: with one, Ray would not keep calls in order.
 """
 
 import asyncio
@@ -78,7 +79,7 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
         self.make_module()
         share = self.config.total_train_batch_size / max(self.num_workers, 1)
         self._queue = TreeQueue(
-            self._grow_one,
+            self._grow,
             max_growing=self.config.max_concurrent_trees or math.ceil(share),
         )
         self._stream = ""
@@ -156,15 +157,15 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
                 derive_seed(self._seed or 0, self.num_env_steps_sampled_lifetime, i)
                 for i in range(len(tasks))
             ]
-        sampling = sampling or self.config.sampling_params()
         if explore is False:
             sampling = SamplingParams(temperature=0.0)
+        self._forget_prefixes()
         start = time.monotonic()
-        trees = self._run(
-            self._grow(
-                tasks, seeds, tree_settings or self.config.tree_settings(), sampling
-            )
-        )
+        growing = [
+            self._grow(seed, task, tree_settings, sampling)
+            for seed, task in zip(seeds, tasks, strict=True)
+        ]
+        trees = self._run(_all(growing))
         log_trees_sampled(self.metrics, trees)
         self._count(trees, time.monotonic() - start)
         return trees
@@ -196,35 +197,14 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
         except ARPOError as error:
             return error
 
-    async def _grow(
-        self,
-        tasks: Sequence[Task],
-        seeds: Sequence[int],
-        settings: TreeSettings,
-        sampling: SamplingParams,
-    ) -> list[RolloutTree]:
-        if self.config.deterministic:
-            # An evaluation before, or a restart, must not change how sums are rounded.
-            engine: Any = self.engine
-            engine.forget()
-        try:
-            async with asyncio.TaskGroup() as group:
-                growing = [
-                    group.create_task(self._grow_one(seed, task, settings, sampling))
-                    for task, seed in zip(tasks, seeds, strict=True)
-                ]
-        except ExceptionGroup as failed:
-            raise failed.exceptions[0] from failed
-        return [tree.result() for tree in growing]
-
-    async def _grow_one(
+    def _grow(
         self,
         seed: int,
         task: Task,
         settings: TreeSettings | None = None,
         sampling: SamplingParams | None = None,
-    ) -> RolloutTree:
-        return await grow_tree(
+    ) -> Coroutine[Any, Any, RolloutTree]:
+        return grow_tree(
             task,
             env=self.env,
             engine=self.engine,
@@ -234,12 +214,14 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
             seed=seed,
         )
 
-    def open_stream(self) -> str:
-        """Forget all jobs given so far; the name of a new stream of jobs.
+    def _forget_prefixes(self) -> None:
+        """An evaluation before, or a restart, must not change how sums are rounded."""
+        engine: Any = self.engine
+        if self.config.deterministic:
+            self._run(_call(engine.forget))
 
-        A runner that was restarted knows of no stream, so that jobs which died with
-        its process are missed.
-        """
+    def open_stream(self) -> str:
+        """Forget all jobs; the name of a new stream, which a restarted runner lacks."""
         self._run(self._queue.clear())
         self._stream = uuid.uuid4().hex
         return self._stream
@@ -248,6 +230,7 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
         """Take jobs to be grown in the background; those of another stream are not."""
         if stream == self._stream:
             if not self._queue.num_growing:
+                self._forget_prefixes()
                 self._counted_at = time.monotonic()
             self._run(self._queue.put(jobs))
 
@@ -395,6 +378,15 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
             # Ctrl-C reaches the caller's thread only: stop the paths too.
             future.cancel()
             raise
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from failed
+    return [task.result() for task in tasks]
 
 
 async def _call(function: Any, *args: Any) -> Any:

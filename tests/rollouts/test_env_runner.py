@@ -1,5 +1,6 @@
 """`ARPOEnvRunner` by itself: what RLlib and the Algorithm ask of it."""
 
+import inspect
 import time
 from collections.abc import Callable
 from typing import Any
@@ -279,3 +280,8 @@ def sampled_by(tree: RolloutTree, leaf: Leaf) -> tuple[np.ndarray, np.ndarray]:
         for s in segments
     ]
     return np.concatenate(versions), np.concatenate(logprobs)
+
+
+def test_ray_keeps_calls_in_order() -> None:
+    # It does not for a class with coroutine methods, and weights would come late.
+    assert not inspect.getmembers(ARPOEnvRunner, inspect.iscoroutinefunction)
