@@ -171,6 +171,7 @@ def test_where_nothing_can_be_renamed_the_list_of_files_is_written_last(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_on_a_full_disk_the_checkpoint_before_stays(almanac_model, tmp_path) -> None:
     """Saves, exports and records on a disk of a few MB that is filled up."""
     said = json.loads(

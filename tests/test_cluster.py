@@ -8,7 +8,7 @@ import pytest
 from tests.scripts import run_script
 from tests.scripts.cluster import NUM_TREES
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import runpy
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -115,22 +117,51 @@ def test_the_manifests_nodes_hold_the_configs_actors(manifest) -> None:
     assert int(limits["nvidia.com/gpu"]) * largest <= int(limits["cpu"])
 
 
-@pytest.fixture(scope="module")
-def jobs(almanac_model: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Two jobs, submitted one after the other, and the folder of their run."""
-    folder = tmp_path_factory.mktemp("job")
-    return json.loads(run_script("job", almanac_model, folder)), folder / "run"
+def run_train_sh(folder: Path) -> list[str]:
+    """The words that it calls `rllib-arpo` with."""
+    programs = folder.parent / "programs"
+    programs.mkdir(exist_ok=True)
+    program = programs / "rllib-arpo"
+    program.write_text('#!/bin/sh\necho "$@"\n')
+    program.chmod(0o755)
+    command = [
+        str(EXAMPLES / "train.sh"),
+        "config.py",
+        str(folder),
+        "5",
+        "--model",
+        "m",
+    ]
+    path = os.pathsep.join([str(programs), os.environ["PATH"]])
+    said = subprocess.run(
+        command, env={"PATH": path}, capture_output=True, text=True, check=True
+    )
+    return said.stdout.split()
+
+
+def test_a_job_that_is_started_again_goes_on(tmp_path) -> None:
+    run = tmp_path / "run"
+    start = ["train", "config.py", "--out", str(run), "--iterations", "5"]
+    assert run_train_sh(run) == [*start, "--model", "m"]
+    # Lost before its first checkpoint: `train` would refuse the folder.
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    assert run_train_sh(run) == [*start, "--model", "m"]
+    assert not (run / "metrics.jsonl").exists()
+    (run / "checkpoints" / "iteration_000002").mkdir(parents=True)
+    (run / "metrics.jsonl").touch()
+    assert run_train_sh(run) == ["train", "--resume", str(run), "--iterations", "5"]
+    assert (run / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(
     importlib.util.find_spec("aiohttp_cors") is None,
-    reason='the job server is not installed: pip install "ray[default]"',
+    reason="the job server is not installed: the extra `cluster`",
 )
-def test_a_submitted_job_trains_and_a_second_one_goes_on(jobs) -> None:
-    ended, run = jobs
-    assert ended == {"1": "SUCCEEDED", "2": "SUCCEEDED"}
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["iteration"] for line in lines] == [1, 2]
-    assert (run / "model" / "model.safetensors").exists()
+def test_a_submitted_job_trains(almanac_model, tmp_path) -> None:
+    assert run_script("job", almanac_model, tmp_path) == "SUCCEEDED"
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["iteration"] == 1
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()

@@ -12,7 +12,7 @@ from tests.scripts import run_script
 from tests.scripts.killed_driver import NUM_ITERATIONS
 from tests.tiny_runs import same
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 LEARNER = Path("learner_group", "learner")
 

@@ -15,7 +15,11 @@ from rllib_arpo.errors import LearnerError
 from rllib_arpo.learner.torch_learner import ARPOTorchLearner
 from tests.tiny_runs import arpo_config, learner_weights, running, same
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("ray_session"),
+]
 
 # Far less than the half hour that a collective waits for a peer that is only slow.
 LIMIT_S = 120

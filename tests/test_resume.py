@@ -11,7 +11,11 @@ from tests.scripts import run_script
 from tests.scripts.resume import NUM_MORE, VARIANTS, config_of, more, seed_all
 from tests.tiny_runs import running, same
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("ray_session"),
+]
 
 
 @pytest.fixture(scope="module")

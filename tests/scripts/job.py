@@ -1,21 +1,23 @@
-"""Submits the cluster example as a job, and once more to go on with its run.
+"""Submits the cluster example as a job.
 
     python -m tests.scripts.job MODEL FOLDER
 
-Starts a head with the job server on a free port of this machine alone. Prints how each
-job ended as one line of JSON.
+Starts a head with the job server on a free port of this machine alone, and prints how
+the job ended.
 """
 
-import json
 import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import ray
+from ray.job_submission import JobSubmissionClient
 
-from tests.scripts import ROOT
+from tests.scripts import LIMIT_S, ROOT
 
 EXAMPLE = ROOT / "tuned_examples" / "cluster"
 
@@ -26,19 +28,14 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def submit(address: str, model: str, run: Path, iterations: int) -> str:
-    """The state in which the job ended."""
-    job = f"almanac-{iterations}"
-    command = ["ray", "job", "submit", "--address", address, "--submission-id", job]
-    command += ["--working-dir", str(EXAMPLE), "--"]
-    command += ["./train.sh", "almanac_cpu.py", str(run), str(iterations)]
-    subprocess.run([*command, "--model", model], check=False, stdout=sys.stderr)
-    from ray.job_submission import JobSubmissionClient
-
-    return str(JobSubmissionClient(address).get_job_status(job))
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT_S / 2
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(1.0)
 
 
-def main(model: str, folder: Path) -> dict[str, str]:
+def main(model: str, folder: Path) -> str:
     # Where `ray` and `rllib-arpo` are, for the head and with it for the job.
     programs = str(Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join([programs, os.environ["PATH"]])
@@ -50,14 +47,27 @@ def main(model: str, folder: Path) -> dict[str, str]:
         dashboard_port=port,
         log_to_driver=False,
     )
-    address = f"http://127.0.0.1:{port}"
-    seen = {
-        str(iterations): submit(address, model, folder / "run", iterations)
-        for iterations in (1, 2)
-    }
+    client = JobSubmissionClient(f"http://127.0.0.1:{port}")
+    words = ["./train.sh", "almanac_cpu.py", folder / "run", 1, "--model", model]
+    # The head's agent, which takes the job, starts after the head.
+    wait_for(lambda: submit(client, [str(word) for word in words]))
+    (job,) = (job.submission_id for job in client.list_jobs() if job.submission_id)
+    wait_for(lambda: client.get_job_status(job).is_terminal())
+    print(client.get_job_logs(job)[-3000:], file=sys.stderr)
+    status = str(client.get_job_status(job))
     ray.shutdown()
-    return seen
+    return status
+
+
+def submit(client: JobSubmissionClient, words: list[str]) -> bool:
+    """Run `ray job submit`; False when it was refused."""
+    command = ["ray", "job", "submit", "--address", client.get_address(), "--no-wait"]
+    command += ["--working-dir", str(EXAMPLE), "--", *words]
+    try:
+        return subprocess.call(command, stdout=2, timeout=LIMIT_S / 4) == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]))))
+    print(main(sys.argv[1], Path(sys.argv[2])))
