@@ -1,6 +1,6 @@
 """Two learners under "ddp" and "fsdp2" train as one does."""
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ import torch
 from ray.rllib.core import COMPONENT_OPTIMIZER
 
 from rllib_arpo.engines.weights import WEIGHT_PROBE
+from rllib_arpo.learner.training_data import TreeTrainingData
 from tests.learner.helpers import forked_tree, random_tree, weights
 from tests.learner.pairs import (
     group_state,
@@ -199,19 +200,24 @@ def test_two_learners_train_adapters_in_bfloat16(tiny, pair, strategy) -> None:
     assert_close(group_weights(two), weights(one), 0.01)
 
 
-def test_two_threads_may_ask_spread_learners_at_once(tiny, pair) -> None:
-    """As evaluation in parallel does; the learners would wait for each other."""
+class OvertakingData(TreeTrainingData):
+    """While an update is on its way to the learners, another thread asks for state."""
+
+    def shard(self, *args, **kwargs):
+        # Without a lock the answer comes now; with one, not before the update's end.
+        self.asked = self.pool.submit(group_weights, self.group)
+        wait([self.asked], timeout=1)
+        return super().shard(*args, **kwargs)
+
+
+def test_calls_of_two_threads_do_not_overlap(tiny, pair) -> None:
+    """Evaluation in parallel makes them; learners would wait for each other."""
     two = pair.build(tiny, "fsdp2", **EVERYTHING)
+    data = OvertakingData(episodes=list(BATCHES[0]))
     with ThreadPoolExecutor() as pool:
-        asked = [pool.submit(group_weights, two) for _ in range(3)]
-        trained = [pool.submit(train, two, BATCHES[1]) for _ in range(3)]
-        asked += [pool.submit(group_weights, two) for _ in range(3)]
-        versions = [future.result(timeout=120) for future in asked]
-        steps = [
-            future.result(timeout=120)[0]["num_optimizer_steps"] for future in trained
-        ]
-    assert sorted(steps) == [2, 4, 6]
-    assert all(held.keys() == versions[0].keys() for held in versions)
+        data.pool, data.group = pool, two
+        two.update(training_data=data)
+        assert_close(data.asked.result(timeout=60), group_weights(two), 0)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
