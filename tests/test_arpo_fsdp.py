@@ -55,6 +55,10 @@ def test_an_iteration_trains_and_gives_the_engine_new_weights(algorithm) -> None
     assert learned(result)["num_optimizer_steps"] == 2
     assert learned(result)["sampler_logprob_difference"] < 1e-4
     assert result["env_runners"]["engine"][WEIGHT_PROBE_ERROR] < 1e-4
+    # Each learner had two of the four trees; the figures are both learners'.
+    tokens = learned(result)["tokens_unique"]
+    assert tokens == result["env_runners"]["tokens_unique"]
+    assert 1 <= learned(result)["tokens_processed"] / tokens < 2
     assert not same(before, learner_weights(algorithm))
     assert runs_the_learners_weights(algorithm)
 
