@@ -169,8 +169,8 @@ class TreeStream:
         for name in (NUM_TREES_REQUEUED, NUM_TREES_STALE):
             logger.log_value(name, self._counts[name], reduce="sum")
         for name, value in (
-            (POLICY_LAG_MEAN, float(lags.mean())),
-            (POLICY_LAG_MAX, float(lags.max())),
+            (POLICY_LAG_MEAN, float(lags.mean()) if len(lags) else 0.0),
+            (POLICY_LAG_MAX, float(lags.max(initial=0))),
             (NUM_JOBS_WAITING, sum(runner.num_waiting for runner in runners)),
             (NUM_JOBS_GROWING, sum(runner.num_growing for runner in runners)),
         ):
@@ -300,7 +300,7 @@ class TreeStream:
         stale = [
             seed
             for seed, tree in self._ready.items()
-            if version - model_versions(tree).min() > self._max_policy_lag
+            if age(tree, version) > self._max_policy_lag
         ]
         for seed in stale:
             del self._ready[seed]
@@ -320,6 +320,11 @@ class TreeStream:
                 continue  # the runner is dead, and gets weights when it is back
             if error is not None:
                 raise error
+
+
+def age(tree: RolloutTree, version: int) -> int:
+    """Updates between the tree's oldest token and `version`; 0 if it has no token."""
+    return version - int(model_versions(tree).min(initial=version))
 
 
 def model_versions(tree: RolloutTree) -> np.ndarray:
