@@ -38,6 +38,7 @@ from rllib_arpo.metrics import (
     METRICS_FILE,
     NUM_TOKENS_SAMPLED,
     NUM_TOOL_CALLS,
+    POLICY_LAG_MEAN,
 )
 from rllib_arpo.storage import storing, write_whole
 
@@ -141,8 +142,11 @@ class Run:
             "time_sync_s": float(timers.get(SYNCH_WORKER_WEIGHTS_TIMER, 0.0)),
             "num_tool_calls_lifetime": self._tool_calls,
         }
-        if sample_s:
-            record["tokens_per_s"] = sampled.get(NUM_TOKENS_SAMPLED, 0.0) / sample_s
+        sampling_s = sample_s
+        if POLICY_LAG_MEAN in sampled:  # asynchronous: EnvRunners never stop
+            sampling_s += record["time_learn_s"] + record["time_sync_s"]
+        if sampling_s:
+            record["tokens_per_s"] = sampled.get(NUM_TOKENS_SAMPLED, 0.0) / sampling_s
         return record
 
     def forget_after(self, iteration: int) -> None:

@@ -182,3 +182,26 @@ def test_the_time_of_sampling_is_parted_as_the_engines_were_busy(tmp_path) -> No
     record = Run(tmp_path / "run").log(result, stage="ARPO")
     assert record["time_generate_s"] == 3.0
     assert record["time_tools_s"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("lag", "tokens_per_s"),
+    [
+        ({}, 600 / 2.0),  # only while the driver waits for trees
+        ({"policy_lag_mean": 0.5}, 600 / (2.0 + 3.0 + 1.0)),  # all the time
+    ],
+)
+def test_tokens_are_counted_over_the_time_of_sampling(
+    lag, tokens_per_s, tmp_path
+) -> None:
+    result = {
+        "training_iteration": 1,
+        "env_runners": {"num_tokens_sampled": 600.0, **lag},
+        "timers": {
+            "env_runner_sampling_timer": 2.0,
+            "learner_update_timer": 3.0,
+            "synch_weights": 1.0,
+        },
+    }
+    record = Run(tmp_path / "run").log(result, stage="ARPO")
+    assert record["tokens_per_s"] == tokens_per_s
