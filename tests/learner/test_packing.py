@@ -81,6 +81,7 @@ def test_micro_batches_hold_each_row_once_within_the_budget(
     for group in groups:
         padded = len(group) * row_lengths[group].max()
         assert padded <= max_tokens or len(group) == 1
+        assert row_lengths[group].min() >= 0.8 * row_lengths[group].max()
 
 
 def test_collate_pads_on_the_right() -> None:
