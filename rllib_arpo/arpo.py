@@ -8,7 +8,8 @@ work through the next tasks meanwhile, and nobody waits for the slowest tree.
 ARPO: arXiv:2507.19849. With `branch_rule="never"` this is GRPO (arXiv:2402.03300).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ray.rllib.algorithms.algorithm import Algorithm
@@ -99,7 +100,11 @@ class ARPO(WeightSync, Checkpoints, Algorithm):
         """Sample, update, sync."""
         stream = self._stream
         with self._timed(ENV_RUNNER_SAMPLING_TIMER):
-            trees = self._sample() if stream is None else self._next_batch(stream)
+            if stream is not None:
+                trees = self._next_batch(stream)
+            else:
+                with self._tasks_kept():
+                    trees = self._sample()
         with self._timed(LEARNER_UPDATE_TIMER), self._engines_asleep():
             self._update(trees)
         with self._timed(SYNCH_WORKER_WEIGHTS_TIMER):
@@ -108,6 +113,19 @@ class ARPO(WeightSync, Checkpoints, Algorithm):
             else:
                 stream.trained(trees)
                 self._push_weights(stream)
+
+    @contextmanager
+    def _tasks_kept(self) -> Iterator[None]:
+        """A sampling that ends early (Ctrl-C, an outage) has taken no tasks."""
+        cursor, started = self._cursor, self._num_trees_started
+        state = cursor.get_state() if cursor is not None else None
+        try:
+            yield
+        except BaseException:
+            self._num_trees_started = started
+            if cursor is not None and state is not None:
+                cursor.set_state(state)
+            raise
 
     def _open_stream(self) -> TreeStream:
         group = self.env_runner_group

@@ -32,6 +32,7 @@ from tests.tiny_runs import (
     running,
     same,
     token_ids,
+    token_sum_reward,
 )
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -205,6 +206,30 @@ def test_an_error_of_the_reward_function_stops_training_as_itself(
         pytest.raises(RewardError, match=r"broken_reward.*KeyError.*no such field"),
     ):
         algorithm.train()
+
+
+def reward_that_fails_once(trajectory: Trajectory) -> float:
+    """In the middle of the second iteration of four trees with four leaves."""
+    rewarded.append(trajectory.task.task_id)
+    if len(rewarded) == 4 * 4 + 3:
+        raise KeyError("no such field")
+    return token_sum_reward(trajectory)
+
+
+rewarded: list[str] = []
+
+
+def test_an_iteration_that_was_cut_short_has_taken_no_tasks(almanac_model) -> None:
+    rewarded.clear()
+    config = arpo_config(almanac_model, reward_fn=reward_that_fails_once)
+    with running(config) as algorithm:
+        algorithm.train()
+        before = algorithm.get_state()["task_cursor"]
+        with pytest.raises(RewardError):
+            algorithm.train()
+        state = algorithm.get_state()
+    assert same(before, state["task_cursor"])
+    assert state["num_trees_started"] == 4
 
 
 def test_missing_data_is_named_before_anything_runs(almanac_model, tmp_path) -> None:
