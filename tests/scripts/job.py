@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import ray
+from ray.cluster_utils import Cluster
 from ray.job_submission import JobSubmissionClient
 
 from tests.scripts import LIMIT_S, ROOT
@@ -40,12 +40,17 @@ def main(model: str, folder: Path) -> str:
     programs = str(Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join([programs, os.environ["PATH"]])
     port = free_port()
-    ray.init(
-        num_cpus=6,
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        dashboard_port=port,
-        log_to_driver=False,
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 6,
+            "include_dashboard": True,
+            "dashboard_host": "127.0.0.1",
+            "dashboard_port": port,
+            # Ray's default is one number, which another Ray here may hold; the agent
+            # that takes the job would then not be there.
+            "dashboard_agent_listen_port": free_port(),
+        },
     )
     client = JobSubmissionClient(f"http://127.0.0.1:{port}")
     words = ["./train.sh", "almanac_cpu.py", folder / "run", 1, "--model", model]
@@ -55,7 +60,7 @@ def main(model: str, folder: Path) -> str:
     wait_for(lambda: client.get_job_status(job).is_terminal())
     print(client.get_job_logs(job)[-3000:], file=sys.stderr)
     status = str(client.get_job_status(job))
-    ray.shutdown()
+    cluster.shutdown()
     return status
 
 
