@@ -161,6 +161,19 @@ def _batch_faults(config: "ARPOConfig") -> Iterator[str]:
             f"`minibatch_size` ({mini}) must be between 1 and "
             f"`train_batch_size_per_learner` ({batch}): both count trees per learner."
         )
+    row, budget = config.max_tokens_per_row, config.max_tokens_per_microbatch
+    if budget < 1:
+        yield f"`max_tokens_per_microbatch` ({budget}) must be >= 1."
+    if row is not None and not 1 <= row <= budget:
+        yield (
+            f"`max_tokens_per_row` ({row}) must be between 1 and "
+            f"`max_tokens_per_microbatch` ({budget}), which is also what None takes."
+        )
+    if config.max_skipped_steps < 0:
+        yield (
+            f"`max_skipped_steps` ({config.max_skipped_steps}) must be >= 0; 0 stops at "
+            "the first gradient that is not finite."
+        )
     if config.lr_schedule != "constant" and config.lr_total_steps is None:
         yield (
             f"`lr_schedule` ({config.lr_schedule!r}) needs `lr_total_steps` (None): "

@@ -59,6 +59,11 @@ def test_a_group_changes_only_what_it_was_given() -> None:
             ["`minibatch_size` (8)", "`train_batch_size_per_learner` (4)"],
         ),
         (
+            {"max_tokens_per_row": 2000, "max_tokens_per_microbatch": 1000},
+            ["`max_tokens_per_row` (2000)", "`max_tokens_per_microbatch` (1000)"],
+        ),
+        ({"max_skipped_steps": -2}, ["`max_skipped_steps` (-2)", ">= 0"]),
+        (
             {"minibatch_size": None},
             ["`minibatch_size` (None)", "`train_batch_size_per_learner` (4)"],
         ),
