@@ -171,8 +171,8 @@ def _batch_faults(config: "ARPOConfig") -> Iterator[str]:
         )
     if config.max_skipped_steps < 0:
         yield (
-            f"`max_skipped_steps` ({config.max_skipped_steps}) must be >= 0; 0 stops at "
-            "the first gradient that is not finite."
+            f"`max_skipped_steps` ({config.max_skipped_steps}) must be >= 0; 0 stops "
+            "at the first gradient that is not finite."
         )
     if config.lr_schedule != "constant" and config.lr_total_steps is None:
         yield (
