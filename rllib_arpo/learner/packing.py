@@ -160,6 +160,15 @@ def pack_trees(
     return _columns(trees, rows)
 
 
+def path_lengths(tree: RolloutTree) -> list[int]:
+    """[num_segments] tokens from the root to the end of each segment."""
+    lengths: list[int] = []
+    for segment in tree.segments:
+        above = 0 if segment.parent is None else lengths[segment.parent]
+        lengths.append(above + len(segment.token_ids))
+    return lengths
+
+
 def plan_rows(tree: RolloutTree, cost: RowCost) -> list[list[int]]:
     """Cut a tree into rows so that their cost adds up to little.
 
@@ -176,10 +185,7 @@ def plan_rows(tree: RolloutTree, cost: RowCost) -> list[list[int]]:
         Per row its segments, depth first, each with all its ancestors; every segment
         that a leaf hangs on is in at least one row.
     """
-    depth: list[int] = []
-    for segment in tree.segments:
-        above = 0 if segment.parent is None else depth[segment.parent]
-        depth.append(above + len(segment.token_ids))
+    depth = path_lengths(tree)
     open_rows: list[list[tuple[int, list[int]]]] = [[] for _ in tree.segments]
     done: list[list[int]] = []
     ends = {leaf.segment for leaf in tree.leaves}

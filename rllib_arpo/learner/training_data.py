@@ -13,7 +13,7 @@ import numpy as np
 from ray.rllib.core.learner.training_data import TrainingData
 
 from rllib_arpo.learner.advantages import sample_std
-from rllib_arpo.learner.packing import RowCost, plan_rows
+from rllib_arpo.learner.packing import RowCost, path_lengths, plan_rows
 from rllib_arpo.tree import RolloutTree
 
 
@@ -78,11 +78,8 @@ class TreeTrainingData(TrainingData):
 
 def row_tokens(tree: RolloutTree) -> int:
     """Tokens that the tree costs when each trajectory is a row of its own."""
-    depth: list[int] = []
-    for segment in tree.segments:
-        above = 0 if segment.parent is None else depth[segment.parent]
-        depth.append(above + len(segment.token_ids))
-    return sum(depth[leaf.segment] for leaf in tree.leaves)
+    lengths = path_lengths(tree)
+    return sum(lengths[leaf.segment] for leaf in tree.leaves)
 
 
 def tree_cost(tree: RolloutTree, cost: RowCost | None) -> float:
