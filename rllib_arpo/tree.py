@@ -223,6 +223,11 @@ class RolloutTree:
         return sum(len(segment.token_ids) for segment in self.segments)
 
 
+def question(task: Task) -> str:
+    """What is asked: the row's own question, else the last message of the prompt."""
+    return str(task.metadata.get("question") or task.messages[-1].content)
+
+
 def path(tree: RolloutTree, leaf: Leaf) -> list[int]:
     """Segment indices from the root to `leaf`."""
     indices: list[int] = []

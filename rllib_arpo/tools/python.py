@@ -31,6 +31,7 @@ from pydantic_monty import (
 )
 
 from rllib_arpo.errors import ToolError, ToolTimeoutError
+from rllib_arpo.tools.tool import text_parameter
 
 MAX_WORKERS = 8
 # After these the interpreter's memory is in no known state and is thrown away.
@@ -69,6 +70,7 @@ class PythonTool:
         "Runs Python code and returns what it prints and the value of its last line. "
         "Variables are kept. Standard library only."
     )
+    parameters = text_parameter("code", "Python source code.")
 
     def __init__(self, *, limits: PythonLimits = PythonLimits(), seed: int = 0) -> None:
         self.limits = limits
