@@ -22,7 +22,7 @@ from rllib_arpo.config import ARPOConfig
 from rllib_arpo.envs.almanac import AlmanacEnv, AlmanacWorld, Split
 from rllib_arpo.envs.almanac_expert import AlmanacExpert
 from rllib_arpo.envs.almanac_model import build_model, build_tokenizer
-from rllib_arpo.envs.dialogue import TagDialogue
+from rllib_arpo.envs.tag_dialogue import TagDialogue
 from rllib_arpo.evaluation import evaluate
 from rllib_arpo.memory import PeakMemory
 from rllib_arpo.metrics import (
@@ -169,7 +169,7 @@ def _on_this_machine(config: Config, settings: Settings) -> Config:
 
 def quickstart(settings: Settings, console: Console) -> dict[str, Any]:
     """Run the main job and return what `summary.json` holds."""
-    for name in ("base", "cold_start", "sft", "checkpoints", "model"):
+    for name in ("base", "cold_start", "sft", "checkpoints", "trees", "model"):
         shutil.rmtree(settings.folder / name, ignore_errors=True)
     (settings.folder / METRICS_FILE).unlink(missing_ok=True)
     run = Run(settings.folder)

@@ -21,7 +21,7 @@ from rllib_arpo.envs.almanac import (
     calculate,
     search_result,
 )
-from rllib_arpo.envs.dialogue import TagDialogue
+from rllib_arpo.envs.tag_dialogue import TagDialogue
 from rllib_arpo.tree import RolloutTree, Task
 
 # Other words for the same query draw other noise, so each is a new chance.

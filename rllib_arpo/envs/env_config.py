@@ -3,11 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from rllib_arpo.envs.dialogue import Dialogue, TagDialogue
+from rllib_arpo.envs.chat_dialogue import ChatTemplateDialogue
+from rllib_arpo.envs.dialogue import Dialogue
+from rllib_arpo.envs.tag_dialogue import TagDialogue
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.imports import import_object
 from rllib_arpo.rewards.reward import RewardFn, paper_reward
-from rllib_arpo.tools.tool import Tool
+from rllib_arpo.tools.tool import Tool, ToolSpec, tool_spec
 from rllib_arpo.tree import Task
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "tokenizer": None,
     "tools": (),
     "tool_names": ("search", "python"),
+    "tool_specs": None,
     "dialogue": "tags",
     "reward_fn": paper_reward,
     "reward_in_thread": None,
@@ -88,22 +91,79 @@ def load_tools(tools: Any) -> dict[str, Tool] | ToolsOfTask:
     return by_name
 
 
+def load_tool_specs(
+    specs: Any, tools: dict[str, Tool] | ToolsOfTask | None
+) -> tuple[ToolSpec, ...] | None:
+    """What the model is told about the tools, None where nobody says.
+
+    Args:
+        specs: `env_config["tool_specs"]`: specs, or mappings of their fields.
+        tools: says it otherwise: the tools themselves, or `tool_specs` of the
+            function that makes them; None when an environment makes its own.
+
+    Raises:
+        ConfigError: a spec is none, or two share a name.
+    """
+    if specs is None:
+        if isinstance(tools, Mapping):
+            return tuple(tool_spec(tool) for tool in tools.values())
+        specs = getattr(tools, "tool_specs", None)
+        if specs is None:
+            return None
+    try:
+        known = tuple(
+            spec if isinstance(spec, ToolSpec) else ToolSpec(**spec) for spec in specs
+        )
+    except TypeError as error:
+        raise ConfigError(
+            f"`tool_specs` ({specs!r}) must be a list of ToolSpec, or of mappings with "
+            "name, description and parameters"
+        ) from error
+    names = [spec.name for spec in known]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"`tool_specs`: two tools share a name: {names}")
+    return known
+
+
 def make_dialogue(
-    dialogue: Any, tokenizer: "PreTrainedTokenizerFast", tools: tuple[str, ...]
+    dialogue: Any,
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    tool_names: Sequence[str],
+    tool_specs: Sequence[ToolSpec] | None,
 ) -> Dialogue:
-    """The dialogue that was given or described."""
+    """The dialogue that was given or described.
+
+    Args:
+        dialogue: a `Dialogue`, "tags", "chat_template", or a mapping of options with
+            "type" one of them ("tags" when it is left out).
+        tokenizer: makes the tokens.
+        tool_names: tags of the tools.
+        tool_specs: what a chat template tells the model of them, None if unknown.
+
+    Raises:
+        ConfigError: there is no such dialogue, or its options cannot work.
+    """
     if isinstance(dialogue, Dialogue):
         return dialogue
-    if dialogue != "tags" and not isinstance(dialogue, Mapping):
-        raise ConfigError(
-            f"`dialogue` ({dialogue!r}) must be 'tags', a mapping of options of "
-            "TagDialogue, or a Dialogue"
-        )
-    options = {} if dialogue == "tags" else dict(dialogue)
+    options = dict(dialogue) if isinstance(dialogue, Mapping) else {"type": dialogue}
+    kind = options.pop("type", "tags")
     try:
-        return TagDialogue(tokenizer, tools, **options)
+        if kind == "tags":
+            return TagDialogue(tokenizer, tool_names, **options)
+        if kind == "chat_template":
+            if tool_specs is None:
+                raise ValueError(
+                    "a chat template tells the model of its tools, but these depend on "
+                    "the task: describe them in `tool_specs`"
+                )
+            return ChatTemplateDialogue(tokenizer, tool_specs, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"`dialogue`: {error}") from error
+    raise ConfigError(
+        f"`dialogue` ({dialogue!r}) must be 'tags', 'chat_template', a mapping of "
+        'their options with one of these as "type", or a Dialogue'
+    )
 
 
 def load_reward_fn(reward_fn: Any) -> RewardFn:

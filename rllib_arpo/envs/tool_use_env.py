@@ -9,8 +9,8 @@ Where a rollout can break, and what happens:
 1. A tool raises, hangs or floods: the model reads a short error or a cut result; it
    is never an empty text and never an exception here. `ToolCall.status` tells the
    call's own fault from the tool's.
-2. A call after the limit, of a tool that is not there, or with a broken tag is not
-   executed; the model is told so and goes on.
+2. A call after the limit, of a tool that is not there, or one that cannot be read is
+   not executed; the model is told so and goes on.
 3. The reward function raises: `RewardError`, for training on wrong rewards is worse
    than no training.
 """
@@ -32,6 +32,7 @@ from rllib_arpo.envs.env_config import (
     at_least,
     load_reward_fn,
     load_tokenizer,
+    load_tool_specs,
     load_tools,
     make_dialogue,
     with_defaults,
@@ -73,8 +74,12 @@ class ToolUseEnv(gymnasium.Env[TokenIds, TokenIds]):
               a task to a list of tools. Tools are forked for every episode.
             - tool_names: tags of the tools, needed only when they depend on the
               task, since the engine must know the tags before.
-            - dialogue: "tags", a mapping of options of `TagDialogue`, or a
-              `Dialogue`.
+            - tool_specs: the same with description and parameters, for
+              "chat_template": a list of `ToolSpec` or of mappings. The function
+              that makes the tools may have it as an attribute instead.
+            - dialogue: "tags" (`TagDialogue`), "chat_template"
+              (`ChatTemplateDialogue`), a mapping of their options with one of these
+              as "type", or a `Dialogue`.
             - reward_fn: a `RewardFn`, or "module:function".
             - reward_in_thread: None runs it in a thread for tasks of ability
               "math", whose symbolic checks may take a second.
@@ -94,14 +99,21 @@ class ToolUseEnv(gymnasium.Env[TokenIds, TokenIds]):
         settings = with_defaults(config or {})
         self.tokenizer = load_tokenizer(settings["tokenizer"])
         self._tool_source = load_tools(settings["tools"])
-        # A function, or a subclass's `make_tools`, is not known before a task is.
+        # What a subclass's `make_tools` gives is not known before a task is.
+        makes_own = type(self).make_tools != _MAKE_TOOLS
+        specs = load_tool_specs(
+            settings["tool_specs"], None if makes_own else self._tool_source
+        )
         self.tool_names: tuple[str, ...] = (
             tuple(settings["tool_names"])
-            if callable(self._tool_source) or type(self).make_tools != _MAKE_TOOLS
-            else tuple(self._tool_source)
+            if specs is None
+            else tuple(spec.name for spec in specs)
         )
         self.dialogue = make_dialogue(
-            settings["dialogue"], self.tokenizer, self.tool_names
+            settings["dialogue"],
+            self.tokenizer,
+            tool_names=self.tool_names,
+            tool_specs=specs,
         )
         self.reward_fn = load_reward_fn(settings["reward_fn"])
         self._reward_in_thread: bool | None = settings["reward_in_thread"]
@@ -163,8 +175,8 @@ class ToolUseEnv(gymnasium.Env[TokenIds, TokenIds]):
         extra = tools.keys() - set(self.tool_names)
         if extra:
             raise ConfigError(
-                f"tools {sorted(extra)} have no tag: name them in `tool_names` "
-                f"({list(self.tool_names)})"
+                f"tools {sorted(extra)} are unknown to the dialogue: name them in "
+                f"`tool_names` ({list(self.tool_names)}) or `tool_specs`"
             )
         self._task = task
         self._tools = tools
@@ -199,7 +211,7 @@ class ToolUseEnv(gymnasium.Env[TokenIds, TokenIds]):
         if self._task is None:
             raise ConfigError("call `reset` before `step`")
         text, ended_by_token = self.dialogue.decode(action)
-        parsed = self.dialogue.parse(text)
+        parsed = self.dialogue.parse(text, ended=ended_by_token)
         self._num_response_tokens += len(action)
         self._parsed.append(parsed)
         turn = Turn(text=text)
@@ -207,28 +219,32 @@ class ToolUseEnv(gymnasium.Env[TokenIds, TokenIds]):
         if parsed.ended:
             end = "no_answer" if parsed.answer is None else "answer"
         elif parsed.tool is None:
-            # Neither a tag nor an end-of-text token: the engine ran out of context.
+            # Neither a call nor an end-of-text token: the engine ran out of context.
             end = "no_answer" if ended_by_token else "length"
         elif self.remaining_tokens == 0:
             end = "length"
         else:
-            turn, result = await self._use_tool(turn, parsed.tool, parsed)
-            if len(result) < self.remaining_tokens:
-                self._num_response_tokens += len(result)
+            call, output = await self._use_tool(parsed.tool, parsed)
+            result = self.dialogue.result_ids(
+                output, self.max_result_tokens, turn_ended=ended_by_token
+            )
+            call = replace(call, truncated=result.truncated)
+            turn = replace(turn, tool_call=call, tool_result=result.text)
+            if len(result.ids) < self.remaining_tokens:
+                self._num_response_tokens += len(result.ids)
                 self._turns.append(turn)
-                return result, 0.0, False, False, {"turn": turn}
+                return result.ids, 0.0, False, False, {"turn": turn}
             end = "length"  # the model could not say a word about the result
         self._turns.append(turn)
         return await self._finish(end, parsed)
 
-    async def _use_tool(
-        self, turn: Turn, name: str, parsed: ParsedTurn
-    ) -> tuple[Turn, TokenIds]:
+    async def _use_tool(self, name: str, parsed: ParsedTurn) -> tuple[ToolCall, str]:
+        """Run the tool or refuse to; the call and what the model will read."""
         call = ToolCall(
             name=name, arguments=parsed.arguments, status="refused", num_attempts=0
         )
-        if parsed.malformed_call:
-            text = f"Error: the {name} tag was closed but not opened."
+        if parsed.refusal is not None:
+            text = f"Error: {parsed.refusal}"
         elif name not in self._tools:
             text = f"Error: there is no tool named {name}."
         elif self._num_tool_calls >= self.max_tool_calls:
@@ -238,10 +254,8 @@ class ToolUseEnv(gymnasium.Env[TokenIds, TokenIds]):
             )
         else:
             self._num_tool_calls += 1
-            call, text = await self._call(self._tools[name], parsed.arguments)
-        result = self.dialogue.result_ids(text, self.max_result_tokens)
-        call = replace(call, truncated=result.truncated)
-        return replace(turn, tool_call=call, tool_result=result.text), result.ids
+            return await self._call(self._tools[name], parsed.arguments)
+        return call, text
 
     async def _call(self, tool: Tool, arguments: str) -> tuple[ToolCall, str]:
         """Run a tool within its deadline; every failure becomes a text."""

@@ -7,7 +7,8 @@ import pytest
 from rllib_arpo.envs.tool_use_env import ToolUseEnv
 from rllib_arpo.errors import ConfigError, RewardError, ToolError
 from rllib_arpo.tools.python import PythonLimits, PythonTool
-from rllib_arpo.tools.search import DocumentIndex, SearchTool
+from rllib_arpo.tools.search import SearchTool
+from rllib_arpo.tools.search_bm25 import DocumentIndex
 from rllib_arpo.tree import Message, Task, Trajectory
 from tests.envs.fake_tools import FakeTool, HangingTool
 from tests.tokenizers import llama_like, qwen_like
@@ -354,6 +355,14 @@ def test_a_world_makes_the_tools_of_each_task():
     )
     env.reset(options={"task": task})
     assert step(env, "<lookup>x</lookup>")[-1]["turn"].tool_result == "about tea"
+
+
+def test_specs_of_tools_that_depend_on_the_task_give_their_tags():
+    specs = [{"name": "lookup", "description": "Finds.", "parameters": {}}]
+    config = {"tokenizer": QWEN, "tools": lambda task: [FakeTool("x", name="lookup")]}
+    for dialogue in ("tags", {"type": "tags"}, {}):
+        env = ToolUseEnv({**config, "tool_specs": specs, "dialogue": dialogue})
+        assert env.stop == ("</lookup>", "</answer>")
 
 
 # Reward through the environment
