@@ -69,7 +69,8 @@ def only_text_parameter(parameters: Mapping[str, Any]) -> str | None:
     if len(properties) != 1:
         return None
     ((name, schema),) = properties.items()
-    return name if schema.get("type") == "string" else None
+    is_text = isinstance(schema, Mapping) and schema.get("type") == "string"
+    return name if is_text else None
 
 
 def tool_spec(tool: Tool) -> ToolSpec:
