@@ -87,8 +87,8 @@ def test_imports_point_one_way(monkeypatch):
         ("mcp", "tools/mcp.py"),
         ("sentence_transformers", "tools/search_dense.py"),
         ("faiss", "tools/search_dense.py"),
-        ("trafilatura", "tools/browse.py"),
-        ("pypdf", "tools/browse.py"),
+        ("trafilatura", "tools/page_worker.py"),
+        ("pypdf", "tools/page_worker.py"),
         ("vllm", "engines/vllm_"),
     ],
 )
