@@ -49,6 +49,11 @@ def faults(config: "ARPOConfig") -> Iterator[str]:
             'No model: set `.rl_module(model_config={"model": ...})` to a '
             "Hugging Face folder or hub name."
         )
+    if config.num_saved_trees is not None and config.num_saved_trees < 0:
+        yield (
+            f"`num_saved_trees` ({config.num_saved_trees}) must be >= 0, or None for "
+            "all."
+        )
     yield from _lora_faults(config)
     yield from _engine_faults(config)
     if not config.in_evaluation:

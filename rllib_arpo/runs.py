@@ -4,6 +4,7 @@ runs/NAME/
 config.json      what was set (only what differs from the defaults)
 metrics.jsonl    one flat JSON object per iteration
 checkpoints/     iteration_000012/ and so on: the newest two, each of them whole
+trees/           iteration_000012.parquet and so on: some trees of each iteration
 model/           a Hugging Face folder, written at the end
 curves.png .svg  the plots
 """
@@ -11,7 +12,7 @@ curves.png .svg  the plots
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from ray.rllib.utils.metrics import (
 from rllib_arpo.arpo import ARPO
 from rllib_arpo.checkpoints import CHECKPOINTS, newest_checkpoint, tidy_checkpoints
 from rllib_arpo.config import ARPOConfig
+from rllib_arpo.data.tree_files import write_trees
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.metrics import (
     ENGINE_METRICS,
@@ -41,10 +43,12 @@ from rllib_arpo.metrics import (
     POLICY_LAG_MEAN,
 )
 from rllib_arpo.storage import storing, write_whole
+from rllib_arpo.tree import RolloutTree
 
 Record = dict[str, Any]
 
 NUM_CHECKPOINTS_KEPT = 2
+TREES = "trees"
 
 # Attributes of a config that are no settings of the user.
 ADDED_BY_BUILDING = ("_is_frozen", "policies", "simple_optimizer", "class")
@@ -149,11 +153,32 @@ class Run:
             record["tokens_per_s"] = sampled.get(NUM_TOKENS_SAMPLED, 0.0) / sampling_s
         return record
 
+    def save_trees(self, iteration: int, trees: Sequence[RolloutTree]) -> None:
+        """Keep trees of an iteration, see `data/tree_files.py`.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        if not trees:
+            return
+        folder = self.folder / TREES
+        with storing(folder, intact="The last checkpoint is intact."):
+            folder.mkdir(exist_ok=True)
+            write_trees(folder / f"iteration_{iteration:06d}.parquet", trees)
+
+    def tree_files(self) -> dict[int, Path]:
+        """The files of trees by their iteration, in order."""
+        files = sorted((self.folder / TREES).glob("iteration_*.parquet"))
+        return {int(file.stem.removeprefix("iteration_")): file for file in files}
+
     def forget_after(self, iteration: int) -> None:
-        """Drop the records of iterations that a resumed run will make again.
+        """Drop records and trees of iterations that a resumed run will make again.
 
         A last line without an end, left by a kill or a full disk, goes too.
         """
+        for number, trees in self.tree_files().items():
+            if number > iteration:
+                trees.unlink()
         file = self.folder / METRICS_FILE
         if not file.exists():
             return
@@ -201,6 +226,7 @@ def train(
     try:
         while algorithm.iteration < num_iterations:
             record = run.log(algorithm.train(), stage=stage)
+            run.save_trees(algorithm.iteration, algorithm.saved_trees)
             on_iteration(record)
             if algorithm.iteration % checkpoint_interval == 0:
                 run.save_checkpoint(algorithm)

@@ -1,41 +1,60 @@
-"""Traces for the cold start: dialogues written by an expert, as trees of one leaf.
+"""Traces for the cold start: dialogues written by others, as trees of one leaf.
 
-A jsonl row holds the chat, `{"messages": [{"role": ..., "content": ...}, ...]}`:
+A row is a chat, in one of the layouts of `trace_rows.py`:
 
     system, user    the prompt, rendered by the chat template
-    assistant       one turn of the model, up to the closing tag of its tool or answer
-    tool            what that tool answered, without the result tags
+    assistant       one turn of the model, up to the end of its tool call or answer
+    tool            what that tool answered
 
 Assistant turns alone carry loss. A tool result is encoded as the environment does
 it, so the model is taught on the very tokens that it will meet in a rollout.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rllib_arpo.data.datasets import Row, jsonl_rows
-from rllib_arpo.envs.dialogue import TagDialogue
-from rllib_arpo.envs.env_config import DEFAULTS, load_tokenizer
+from rllib_arpo.data.trace_rows import ChatMessage, chat_messages
+from rllib_arpo.envs.dialogue import Dialogue
+from rllib_arpo.envs.env_config import DEFAULTS, load_tokenizer, make_dialogue
 from rllib_arpo.errors import DataError
+from rllib_arpo.tools.tool import ToolSpec
 from rllib_arpo.tree import Leaf, Message, RolloutTree, Segment, Task, ToolCall
 
 Part = tuple[Literal["model", "tool"], str]
+OnBadRow = Literal["error", "skip"]
 
-PROMPT_ROLES = ("system", "user")
-ROLES = (*PROMPT_ROLES, "assistant", "tool")
 MAX_RESULT_TOKENS: int = DEFAULTS["max_result_tokens"]
+
+logger = logging.getLogger(__name__)
 
 
 def load_traces(
-    file: str | Path, model: str, tool_names: Sequence[str]
+    file: str | Path,
+    model: str,
+    tool_names: Sequence[str],
+    *,
+    dialogue: Any = "tags",
+    tool_specs: Sequence[ToolSpec] | None = None,
+    max_result_tokens: int = MAX_RESULT_TOKENS,
+    max_tokens: int | None = None,
+    on_bad_row: OnBadRow = "error",
 ) -> list[RolloutTree]:
-    """Read traces from a .jsonl file.
+    """Read traces from a .jsonl file, or a .json file that holds a list.
 
     Args:
-        file: one chat per line.
+        file: one chat per row.
         model: folder or hub name of the tokenizer that encodes them.
-        tool_names: tags of the tools that the traces call.
+        tool_names: of the tools that the traces call.
+        dialogue: as in `env_config`.
+        tool_specs: what a chat template tells the model of the tools.
+        max_result_tokens: cap of a tool result, as in the environment.
+        max_tokens: a longer trace is a bad row.
+        on_bad_row: "skip" leaves bad rows out, and logs how many.
 
     Raises:
         DataError: the file is missing, empty or of another kind, or a row is wrong;
@@ -45,22 +64,60 @@ def load_traces(
     path = Path(file)
     if not path.is_file():
         raise DataError(f"{path} is no file")
-    if path.suffix != ".jsonl":
-        raise DataError(f"{path}: expected a .jsonl file of traces")
-    dialogue = TagDialogue(load_tokenizer(model), tool_names)
-    trees = [
-        _trace(Row(path, number, fields), dialogue)
-        for number, fields in enumerate(jsonl_rows(path))
-    ]
+    encoder = make_dialogue(
+        dialogue,
+        load_tokenizer(model),
+        tool_names=tool_names,
+        tool_specs=tool_specs,
+    )
+    trees: list[RolloutTree] = []
+    bad: list[DataError] = []
+    for number, fields in enumerate(_rows(path)):
+        try:
+            row = Row(path, number, fields)
+            tree = _trace(row, encoder, tool_names, max_result_tokens)
+            if max_tokens is not None and tree.num_tokens > max_tokens:
+                raise row.error(
+                    "", f"{tree.num_tokens} tokens are more than {max_tokens}"
+                )
+            trees.append(tree)
+        except DataError as error:
+            if on_bad_row == "error":
+                raise
+            bad.append(error)
+    if bad:
+        logger.warning(
+            "left out %d of %d traces; the first: %s",
+            len(bad),
+            len(bad) + len(trees),
+            bad[0],
+        )
     if not trees:
-        raise DataError(f"{path} holds no rows")
+        raise DataError(
+            f"{path} holds no rows" + (f" that fit: {bad[0]}" if bad else "")
+        )
     return trees
+
+
+def _rows(path: Path) -> Iterator[object]:
+    if path.suffix == ".jsonl":
+        yield from jsonl_rows(path)
+    elif path.suffix == ".json":
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path}: no JSON: {error}") from error
+        if not isinstance(rows, list):
+            raise DataError(f"{path}: expected a list of rows")
+        yield from rows
+    else:
+        raise DataError(f"{path}: expected a .jsonl or .json file of traces")
 
 
 def trace_tree(
     task: Task,
     parts: Sequence[Part],
-    dialogue: TagDialogue,
+    dialogue: Dialogue,
     *,
     max_result_tokens: int = MAX_RESULT_TOKENS,
     seed: int = 0,
@@ -123,78 +180,65 @@ def trace_tree(
     return RolloutTree(task=task, segments=tuple(segments), leaves=(leaf,), seed=seed)
 
 
-def _trace(row: Row, dialogue: TagDialogue) -> RolloutTree:
-    messages = list(_messages(row))
-    num_prompt = next(
-        (i for i, (role, _) in enumerate(messages) if role not in PROMPT_ROLES),
-        len(messages),
-    )
-    if num_prompt == 0 or messages[num_prompt - 1][0] != "user":
-        raise row.error("messages", "the prompt must end with a user's message")
+def _trace(
+    row: Row, dialogue: Dialogue, tools: Sequence[str], max_result_tokens: int
+) -> RolloutTree:
+    messages = chat_messages(row, tools=tools)
+    # What came before the last question is part of the prompt.
+    asked = max((i for i, m in enumerate(messages) if m.role == "user"), default=-1)
+    written = messages[asked + 1 :]
+    if asked < 0:
+        raise row.error("", "the prompt must end with a user's message")
     prompt: list[Message] = []
+    for message in messages[: asked + 1]:
+        if message.role == "tool":
+            raise row.error(message.place, "a tool's result before the last question")
+        prompt.append(Message(role=message.role, content=message.content))
+    for before, message in pairwise([messages[asked], *written]):
+        expected = "tool" if before.role == "assistant" else "assistant"
+        if message.role != expected:
+            raise row.error(
+                message.place, f"{message.role!r} where {expected!r} must stand"
+            )
+    if not written or written[-1].role != "assistant":
+        raise row.error("", "the last message must be the assistant's")
     parts: list[Part] = []
-    for role, content in messages[:num_prompt]:
-        assert role == "system" or role == "user"
-        prompt.append(Message(role=role, content=content))
-    for number, (role, content) in enumerate(messages[num_prompt:], num_prompt):
-        last = number == len(messages) - 1
-        parts.append(_part(row, f"messages[{number}]", role, content, parts))
-        if role == "assistant":
-            _check_turn(row, f"messages[{number}].content", content, dialogue, last)
-    if not parts or parts[-1][0] != "model":
-        raise row.error("messages", "the last message must be the assistant's")
-    answer = dialogue.parse(parts[-1][1]).answer
+    for message in written:
+        if message.role == "tool":
+            parts.append(("tool", message.content))
+            continue
+        _check_turn(row, message, dialogue, tools, last=message is written[-1])
+        # Generation stops at the closing tag, so what follows is never sampled.
+        parts.append(("model", message.content.rstrip()))
     task = Task(
         task_id=f"{row.path.stem}/{row.number}",
         messages=tuple(prompt),
-        answers=(answer or "",),
+        answers=(dialogue.parse(parts[-1][1]).answer or "",),
         source=row.path.stem,
     )
-    return trace_tree(task, parts, dialogue)
-
-
-def _messages(row: Row) -> Iterator[tuple[str, str]]:
-    """Role and content of every message."""
-    messages = row.fields.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise row.error("messages", f"expected a list of messages, got {messages!r}")
-    for number, message in enumerate(messages):
-        place = f"messages[{number}]"
-        if not isinstance(message, Mapping):
-            raise row.error(place, f"expected role and content, got {message!r}")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise row.error(f"{place}.role", f"{role!r} is none of {list(ROLES)}")
-        # A tool may have nothing to say; a turn or a prompt may not.
-        if not isinstance(content, str) or not (content.strip() or role == "tool"):
-            raise row.error(f"{place}.content", f"expected text, got {content!r}")
-        yield role, content
-
-
-def _part(
-    row: Row, place: str, role: str, content: str, before: Sequence[Part]
-) -> Part:
-    """The part of a message, if its role may follow the parts before it."""
-    expected = "tool" if before and before[-1][0] == "model" else "assistant"
-    if role != expected:
-        raise row.error(f"{place}.role", f"{role!r} where {expected!r} must stand")
-    if role == "tool":
-        return ("tool", content)
-    # Generation stops at the closing tag, so what follows is never sampled.
-    return ("model", content.rstrip())
+    return trace_tree(task, parts, dialogue, max_result_tokens=max_result_tokens)
 
 
 def _check_turn(
-    row: Row, place: str, content: str, dialogue: TagDialogue, last: bool
+    row: Row,
+    message: ChatMessage,
+    dialogue: Dialogue,
+    tools: Sequence[str],
+    *,
+    last: bool,
 ) -> None:
     """Refuse a turn that no rollout could contain."""
-    turn = dialogue.parse(content)
+    text = message.content.rstrip()
+    turn = dialogue.parse(text)
     if turn.errors:
-        raise row.error(place, "; ".join(turn.errors))
-    if last and not turn.ended:
-        raise row.error(place, "the last turn holds no <answer> ... </answer>")
+        raise row.error(message.place, "; ".join(turn.errors))
+    if last and turn.answer is None:
+        raise row.error(message.place, "the last turn gives no answer")
     if not last and turn.tool is None:
-        names = ", ".join(dialogue.tools)
-        raise row.error(place, f"calls none of the tools {names}, but a result follows")
-    if not content.rstrip().endswith(dialogue.stop):
-        raise row.error(place, "text follows the closing tag that ends the turn")
+        names = ", ".join(tools)
+        raise row.error(
+            message.place, f"calls none of the tools {names}, but a result follows"
+        )
+    written, ended = dialogue.decode(dialogue.model_ids(text))
+    if not written.endswith(dialogue.stop) and not (ended and turn.tool is None):
+        raise row.error(message.place, "text follows the closing tag of the turn")

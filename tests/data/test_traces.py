@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 
 from rllib_arpo.data.traces import load_traces
-from rllib_arpo.envs.dialogue import TagDialogue
+from rllib_arpo.envs.tag_dialogue import TagDialogue
 from rllib_arpo.errors import DataError
+from rllib_arpo.tools.tool import ToolSpec, text_parameter
 from rllib_arpo.tree import Message, path_token_ids
-from tests.tokenizers import qwen_like
+from tests.tokenizers import qwen25_with_tools, qwen_like
 
 SEARCH = "<think> I need to search. </think><search> height of vifel </search>"
 ANSWER = "<think> 44 </think><answer> \\boxed{44} </answer>"
@@ -103,23 +104,23 @@ def test_space_after_the_closing_tag_is_not_taught(tmp_path, model):
             "messages[4].content",
             "expected text",
         ),
-        ({"messages": chat(None)}, "messages", "last message must be the assistant's"),
-        ({"messages": chat()[2:]}, "messages", "prompt must end with a user's"),
-        ({"messages": chat()[:2]}, "messages", "last message must be the assistant's"),
+        ({"messages": chat(None)}, "", "last message must be the assistant's"),
+        ({"messages": chat()[2:]}, "", "prompt must end with a user's"),
+        ({"messages": chat()[:2]}, "", "last message must be the assistant's"),
         (
             {"messages": chat({"role": "user", "content": "go on"})},
-            "messages[4].role",
-            "'user' where 'assistant' must stand",
+            "messages[3].content",
+            "a tool's result before the last question",
         ),
         (
             {"messages": chat(None, {"role": "assistant", "content": ANSWER})},
-            "messages[3].role",
+            "messages[3].content",
             "'assistant' where 'tool' must stand",
         ),
         (
             {"messages": chat({"role": "assistant", "content": "44"})},
             "messages[4].content",
-            "no <answer>",
+            "gives no answer",
         ),
         (
             {"messages": chat({"role": "assistant", "content": ANSWER + " Bye."})},
@@ -138,7 +139,8 @@ def test_a_wrong_row_is_refused_with_its_place(tmp_path, model, row, field, prob
     with pytest.raises(DataError) as caught:
         load_traces(file, model, ("search",))
     message = str(caught.value)
-    assert message.startswith(f"{file}, row 1, `{field}`: ")
+    place = f", `{field}`: " if field else ": "
+    assert message.startswith(f"{file}, row 1{place}")
     assert problem in message
 
 
@@ -160,5 +162,122 @@ def test_a_file_that_is_missing_or_of_another_kind_is_refused(tmp_path, model):
     with pytest.raises(DataError, match="is no file"):
         load_traces(tmp_path / "none.jsonl", model, ("search",))
     (tmp_path / "rows.parquet").touch()
-    with pytest.raises(DataError, match=r"expected a \.jsonl file"):
+    with pytest.raises(DataError, match=r"expected a \.jsonl or \.json file"):
         load_traces(tmp_path / "rows.parquet", model, ("search",))
+
+
+OUTPUT = f"{SEARCH}\n<result>\nheight vifel 44\n</result>\n{ANSWER}"
+QUESTION = "What is the height of vifel?"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Use tools.", "input": QUESTION, "output": OUTPUT},
+        {"system": "Use tools.", "instruction": QUESTION, "output": OUTPUT},
+        {
+            "system": "Use tools.",
+            "conversations": [
+                {"from": "human", "value": QUESTION},
+                {"from": "gpt", "value": OUTPUT},
+            ],
+        },
+        {
+            "conversations": [
+                {"from": "system", "value": "Use tools."},
+                {"from": "human", "value": QUESTION},
+                {"from": "function_call", "value": SEARCH},
+                {"from": "observation", "value": "height vifel 44"},
+                {"from": "gpt", "value": ANSWER},
+            ],
+        },
+    ],
+)
+def test_each_layout_gives_the_turns_and_results_of_the_chat(tmp_path, model, row):
+    (tree,) = load_traces(write(tmp_path, row), model, ("search",))
+    (expected,) = load_traces(write(tmp_path, {"messages": chat()}), model, ("search",))
+    assert [s.text for s in tree.segments[1:]] == [
+        s.text for s in expected.segments[1:]
+    ]
+    for one, other in zip(tree.segments[1:], expected.segments[1:], strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        assert one.role == other.role
+    assert "\n".join(m.content for m in tree.task.messages) == f"Use tools.\n{QUESTION}"
+
+
+def test_results_written_in_a_turn_carry_no_loss(tmp_path, model):
+    row = {"instruction": QUESTION, "output": OUTPUT}
+    (tree,) = load_traces(write(tmp_path, row), model, ("search",))
+    learned = [s.text for s in tree.segments if s.role == "model"]
+    assert learned == [SEARCH, ANSWER]
+
+
+def test_a_result_that_no_call_asked_for_is_refused(tmp_path, model):
+    row = {"instruction": QUESTION, "output": f"<result> 44 </result>{ANSWER}"}
+    with pytest.raises(DataError, match="`output`: the model wrote a result tag"):
+        load_traces(write(tmp_path, row), model, ("search",))
+
+
+def test_a_json_file_is_a_list_of_rows(tmp_path, model):
+    file = tmp_path / "traces.json"
+    file.write_text(json.dumps([{"messages": chat()}] * 3))
+    assert len(load_traces(file, model, ("search",))) == 3
+    file.write_text(json.dumps({"messages": chat()}))
+    with pytest.raises(DataError, match="expected a list of rows"):
+        load_traces(file, model, ("search",))
+
+
+def test_bad_rows_and_long_ones_are_left_out_when_asked(tmp_path, model, caplog):
+    long = {"role": "assistant", "content": f"<think> {'so ' * 500}</think>" + ANSWER}
+    file = write(
+        tmp_path, {"messages": []}, {"messages": chat()}, {"messages": chat(long)}
+    )
+    (tree,) = load_traces(file, model, ("search",), on_bad_row="skip", max_tokens=400)
+    assert tree.task.task_id == "traces/1"
+    assert "left out 2 of 3 traces" in caplog.text
+    with pytest.raises(DataError, match=r"row 2: .* tokens are more than 400"):
+        load_traces(
+            write(tmp_path, *[{"messages": chat()}] * 2, {"messages": chat(long)}),
+            model,
+            ("search",),
+            max_tokens=400,
+        )
+    with pytest.raises(DataError, match="holds no rows that fit"):
+        load_traces(
+            write(tmp_path, {"messages": []}), model, ("search",), on_bad_row="skip"
+        )
+
+
+def test_tool_calls_of_a_chat_template_are_taught_as_the_template_writes_them(
+    tmp_path,
+):
+    tokenizer = qwen25_with_tools()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    spec = ToolSpec(
+        name="search",
+        description="Searches.",
+        parameters=text_parameter("query", "What to search."),
+    )
+    call = {
+        "type": "function",
+        "function": {"name": "search", "arguments": {"query": "vifel"}},
+    }
+    messages = [
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": "<think>look</think>", "tool_calls": [call]},
+        {"role": "tool", "content": "height vifel 44"},
+        {"role": "assistant", "content": "<think>44</think>It is \\boxed{44}."},
+    ]
+    (tree,) = load_traces(
+        write(tmp_path, {"messages": messages}),
+        str(tmp_path / "tokenizer"),
+        ("search",),
+        dialogue="chat_template",
+        tool_specs=[spec],
+    )
+    assert [s.role for s in tree.segments] == ["prompt", "model", "tool", "model"]
+    tool_call = tree.segments[2].tool_call
+    assert tool_call is not None
+    assert (tool_call.name, tool_call.arguments) == ("search", "vifel")
+    assert tree.segments[-1].token_ids[-1] == tokenizer.eos_token_id
+    assert tree.leaves[0].answer == "44"
