@@ -20,15 +20,13 @@ TREES_PER_ITERATION = 128
 TREES_PER_STEP = 16
 
 shared = Path(os.environ.get("ARPO_DATA", "/shared"))
-tools = StandardTools(str(shared / "corpus"))
 
 config = (
     ARPOConfig()
     .environment(
         env=ToolUseEnv,
         env_config={
-            "tools": tools,
-            "tool_names": tools.tool_names,
+            "tools": StandardTools(corpus=str(shared / "corpus")),
             "max_response_tokens": 4096,
             "max_tool_calls": 5,
         },
