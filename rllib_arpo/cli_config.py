@@ -6,18 +6,17 @@ Whatever is wrong is refused here, before Ray or a model is started.
 import runpy
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoConfig
 
 from rllib_arpo.arpo import ARPO
 from rllib_arpo.checkpoints import check_whole, newest_checkpoint
 from rllib_arpo.config import ARPOConfig
-from rllib_arpo.envs.env_config import load_tokenizer
+from rllib_arpo.envs.env_config import DEFAULTS, load_tokenizer
 from rllib_arpo.envs.tool_use_env import ToolUseEnv
 from rllib_arpo.errors import ARPOError, ConfigError
-from rllib_arpo.tools.search import DocumentIndex
-from rllib_arpo.tools.standard import StandardTools
+from rllib_arpo.tools.standard import PythonBackend, StandardTools
 from rllib_arpo.tree import Task
 
 
@@ -55,6 +54,12 @@ def config_of_flags(
     max_response_tokens: int,
     num_env_runners: int,
     seed: int,
+    search: str | None = None,
+    browse: bool = False,
+    python: str = "embedded",
+    tool_cache: Path | None = None,
+    dialogue: str = "tags",
+    max_result_tokens: int = DEFAULTS["max_result_tokens"],
     eval_data: Path | None = None,
     batch_size: int = 1,
     minibatch_size: int | None = None,
@@ -63,24 +68,31 @@ def config_of_flags(
     max_tool_calls: int = 5,
     engine: str = "torch",
     num_learners: int = 0,
+    num_saved_trees: int | None = 4,
 ) -> ARPOConfig:
-    """ARPO on rows of a file, with Python and, given a corpus, search as tools.
+    """ARPO on rows of a file, with Python and, if asked for, search and pages.
 
     Raises:
         ConfigError: a flag cannot work, or there is no such model.
         DataError: the corpus cannot be read.
     """
     check_model(model)
-    if corpus is not None:
-        DocumentIndex.from_folder(corpus)
-    tools = StandardTools(str(corpus.absolute()) if corpus else None)
+    tools = StandardTools(
+        python=cast(PythonBackend, python),
+        corpus=_absolute(corpus),
+        search=search,
+        browse=browse,
+        cache=_absolute(tool_cache),
+    )
+    tools.open()
     config = (
         ARPOConfig()
         .environment(
             env=ToolUseEnv,
             env_config={
                 "tools": tools,
-                "tool_names": tools.tool_names,
+                "dialogue": dialogue,
+                "max_result_tokens": max_result_tokens,
                 "max_response_tokens": max_response_tokens,
                 "max_tool_calls": max_tool_calls,
             },
@@ -101,6 +113,7 @@ def config_of_flags(
         .engine(engine)
         .env_runners(num_env_runners=num_env_runners)
         .learners(num_learners=num_learners)
+        .reporting(num_saved_trees=num_saved_trees)
         .debugging(seed=seed, log_level="ERROR")
     )
     if group_size == 1:
