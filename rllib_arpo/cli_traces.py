@@ -84,9 +84,7 @@ def export_traces_of_run(
     Raises:
         ConfigError: the run kept no trees.
     """
-    files = (
-        list(Run(folder, resume=True).tree_files().values()) if folder.is_dir() else []
-    )
+    files = Run(folder, resume=True).tree_files() if folder.is_dir() else {}
     if not files:
         raise ConfigError(
             f"{folder} holds no trees: give the folder of a run, trained with "

@@ -9,9 +9,10 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 
 from rllib_arpo import ARPO
 from rllib_arpo.cli_config import find_checkpoint
+from rllib_arpo.data.tree_files import read_trees
 from rllib_arpo.errors import CheckpointError, ConfigError
 from rllib_arpo.runs import Run, train
-from tests.tiny_runs import arpo_config, learner_weights, running, same
+from tests.tiny_runs import arpo_config, learner_weights, running, same, token_ids
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -55,6 +56,30 @@ def test_every_iteration_is_one_line_and_the_last_is_saved(
         assert same(weights, learner_weights(restored))
     finally:
         restored.stop()
+
+
+@pytest.mark.parametrize(("wished", "kept"), [(0, 0), (2, 2), (None, 4)])
+def test_as_many_trees_of_an_iteration_are_kept_as_wished(
+    almanac_model, tmp_path, wished, kept
+) -> None:
+    run = Run(tmp_path / "run")
+    config = arpo_config(almanac_model).reporting(num_saved_trees=wished)
+    with running(config) as algorithm:
+        train(
+            algorithm,
+            run,
+            num_iterations=2,
+            stage="ARPO",
+            on_iteration=lambda record: None,
+            checkpoint_interval=2,
+        )
+        last = algorithm.saved_trees
+    assert len(last) == kept
+    assert list(run.tree_files()) == ([1, 2] if kept else [])
+    if kept:
+        assert token_ids(list(read_trees(run.tree_files()[2]))) == token_ids(last)
+        run.forget_after(1)
+        assert list(run.tree_files()) == [1]
 
 
 def names(run: Run) -> list[str]:

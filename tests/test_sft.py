@@ -4,9 +4,13 @@ import numpy as np
 import pytest
 
 from rllib_arpo import SFT
-from rllib_arpo.errors import DataError
+from rllib_arpo.cli_traces import export_traces_of_run
+from rllib_arpo.data.traces import load_traces
+from rllib_arpo.errors import ConfigError, DataError
 from rllib_arpo.learner.packing import LOSS_MASK, pack_paths
 from rllib_arpo.metrics import TOOL_CALLS_PER_TRAJECTORY
+from rllib_arpo.rewards.reward import paper_reward
+from rllib_arpo.runs import Run, train
 from rllib_arpo.tree import path
 from tests.tiny_runs import (
     arpo_config,
@@ -106,3 +110,47 @@ def test_nothing_to_imitate_is_refused(almanac_model) -> None:
         pytest.raises(DataError, match="nothing to imitate"),
     ):
         algorithm.train()
+
+
+def test_what_a_run_earned_is_taught_again(cold_start, tmp_path) -> None:
+    """Rejection sampling: sample, keep what was well formed, imitate it."""
+    run = Run(tmp_path / "run")
+    config = (
+        arpo_config(cold_start.model, reward_fn=paper_reward, max_response_tokens=160)
+        .tree_rollout(group_size=8, num_initial_rollouts=4)
+        .reporting(num_saved_trees=None)
+    )
+    with running(config) as algorithm:
+        train(
+            algorithm,
+            run,
+            num_iterations=2,
+            stage="ARPO",
+            on_iteration=lambda record: None,
+        )
+    file = tmp_path / "traces.jsonl"
+    said = export_traces_of_run(run.folder, file, min_reward=0.0, max_per_task=None)
+    assert f"to {file}, from 64 trajectories of 8 trees." in said
+    taught = load_traces(file, cold_start.model, ("search", "python"))
+    assert len(taught) >= 1
+    for trace in taught:
+        (leaf,) = trace.leaves
+        assert leaf.answer is not None
+    config = (
+        sft_config(cold_start.model)
+        .environment(train_traces=taught)
+        .training(train_batch_size_per_learner=len(taught), minibatch_size=len(taught))
+    )
+    with running(config) as algorithm:
+        losses = [
+            learned(algorithm.train())["negative_log_likelihood"] for _ in range(6)
+        ]
+    assert losses[-1] < losses[0]
+
+
+def test_a_run_without_trees_has_nothing_to_export(tmp_path) -> None:
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(ConfigError, match="holds no trees"):
+            export_traces_of_run(
+                folder, tmp_path / "out.jsonl", min_reward=1.0, max_per_task=None
+            )
