@@ -30,8 +30,8 @@ from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
 from rllib_arpo.checkpoints import Checkpoints
 from rllib_arpo.config import ARPOConfig
-from rllib_arpo.data.datasets import TaskCursor
-from rllib_arpo.data.sources import resolve_tasks
+from rllib_arpo.data.cursor import Cursor
+from rllib_arpo.data.sources import make_cursor, resolve_tasks
 from rllib_arpo.engines.engine import SamplingParams
 from rllib_arpo.errors import DataError, EngineError
 from rllib_arpo.learner.training_data import TreeTrainingData
@@ -78,6 +78,8 @@ class ARPO(WeightSync, Checkpoints, Algorithm):
             else ()
         )
         self._num_trees_started = 0
+        # The first `num_saved_trees` of the last iteration.
+        self.saved_trees: Sequence[RolloutTree] = ()
         try:
             super().setup(config)
         except IndexError:
@@ -89,11 +91,12 @@ class ARPO(WeightSync, Checkpoints, Algorithm):
         self._stream = self._open_stream() if config.asynchronous else None
         self.sync_weights()
 
-    def _make_cursor(self, config: ARPOConfig) -> TaskCursor | None:
+    def _make_cursor(self, config: ARPOConfig) -> Cursor | None:
         if config.train_tasks is None:
             return None
-        tasks = resolve_tasks(config.train_tasks, setting="train_tasks")
-        return TaskCursor(tasks, seed=config.seed or 0)
+        return make_cursor(
+            config.train_tasks, seed=config.seed or 0, setting="train_tasks"
+        )
 
     @override(Algorithm)
     def training_step(self) -> None:
@@ -105,6 +108,7 @@ class ARPO(WeightSync, Checkpoints, Algorithm):
             else:
                 with self._tasks_kept():
                     trees = self._sample()
+        self.saved_trees = trees[: self.config.num_saved_trees]
         with self._timed(LEARNER_UPDATE_TIMER), self._engines_asleep():
             self._update(trees)
         with self._timed(SYNCH_WORKER_WEIGHTS_TIMER):

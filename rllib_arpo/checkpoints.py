@@ -22,7 +22,7 @@ from pyarrow.fs import FileSystem, LocalFileSystem
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.utils.annotations import override
 
-from rllib_arpo.data.datasets import TaskCursor
+from rllib_arpo.data.cursor import Cursor
 from rllib_arpo.errors import CheckpointError
 from rllib_arpo.storage import (
     fault_of,
@@ -44,7 +44,7 @@ NOT_REPLACED = "The checkpoint before it is intact."
 class Checkpoints(Algorithm):
     """The part of `ARPO` that saves and restores."""
 
-    _cursor: TaskCursor | None
+    _cursor: Cursor | None
     _num_trees_started: int
 
     @override(Algorithm)

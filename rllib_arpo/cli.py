@@ -5,7 +5,6 @@ A mistake of the user (a folder, file, flag or value) is one line and exit code 
 on, and exits with 130.
 """
 
-import json
 import logging
 import os
 import platform
@@ -17,6 +16,7 @@ from typing import Annotated, cast
 
 import typer
 
+from rllib_arpo.cli_data import data_app
 from rllib_arpo.errors import ARPOError, ConfigError
 
 PACKAGES = (
@@ -40,6 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train tool-using language models by reinforcement learning on Ray.",
 )
+app.add_typer(data_app, name="data")
 
 EnvRunners = Annotated[int, typer.Option(help="Sampling actors; 0: in this process.")]
 Learners = Annotated[int, typer.Option(help="Learner actors; 0: in this process.")]
@@ -49,6 +50,27 @@ Out = Annotated[Path, typer.Option(help="Folder of the run.")]
 Corpus = Annotated[
     Path | None, typer.Option(help="Folder of documents for the search tool.")
 ]
+Search = Annotated[
+    str | None,
+    typer.Option(
+        help='"bm25" or "dense" over --corpus; or a service: "serper", "brave", '
+        '"bing", "searxng", "retrieval".'
+    ),
+]
+Browse = Annotated[bool, typer.Option("--browse", help="Let it open web pages.")]
+PythonName = Annotated[
+    str, typer.Option(help='"embedded", or "subprocess" with numpy, sympy, scipy.')
+]
+Cache = Annotated[
+    Path | None, typer.Option(help="File that keeps what services and pages answered.")
+]
+OnBadRow = Annotated[
+    str, typer.Option(help='"error" refuses the file, "skip" leaves rows out.')
+]
+DialogueName = Annotated[
+    str, typer.Option(help='"tags" of the paper, or the model\'s "chat_template".')
+]
+ResultTokens = Annotated[int, typer.Option(help="Most tokens of a tool result.", min=1)]
 BatchSize = Annotated[int, typer.Option(help="Trees per iteration.", min=1)]
 MaxTokens = Annotated[
     int, typer.Option(help="Tokens of model and tools after the prompt.", min=1)
@@ -88,11 +110,13 @@ def train(
         typer.Argument(help="Python file that defines `config`, an ARPOConfig."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Training tasks: .parquet or .jsonl.")
+        str | None,
+        typer.Option(help="Training tasks: .parquet, .jsonl, datasets folder, URI."),
     ] = None,
     eval_data: Annotated[
-        Path | None, typer.Option(help="Tasks that `evaluate` takes unless told.")
+        str | None, typer.Option(help="Tasks that `evaluate` takes unless told.")
     ] = None,
+    on_bad_row: OnBadRow = "error",
     model: Annotated[
         str | None, typer.Option(help="Hugging Face folder or hub name.")
     ] = None,
@@ -109,9 +133,18 @@ def train(
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-6,
     max_response_tokens: MaxTokens = 1024,
     max_tool_calls: Annotated[int, typer.Option(help="Per trajectory.", min=0)] = 5,
+    max_result_tokens: ResultTokens = 256,
+    search: Search = None,
+    browse: Browse = False,
+    python: PythonName = "embedded",
+    tool_cache: Cache = None,
+    dialogue: DialogueName = "tags",
     engine: EngineName = "torch",
     num_env_runners: EnvRunners = 0,
     num_learners: Learners = 0,
+    save_trees: Annotated[
+        int, typer.Option(help="Trees of an iteration to keep; -1: all.", min=-1)
+    ] = 4,
     seed: Seed = 0,
     resume: Annotated[
         Path | None, typer.Option(help="Folder of a run to go on with.")
@@ -136,6 +169,7 @@ def train(
         built = config_of_flags(
             data=data,
             eval_data=eval_data,
+            on_bad_row=on_bad_row,
             model=model,
             corpus=corpus,
             batch_size=batch_size,
@@ -144,9 +178,16 @@ def train(
             lr=lr,
             max_response_tokens=max_response_tokens,
             max_tool_calls=max_tool_calls,
+            max_result_tokens=max_result_tokens,
+            search=search,
+            browse=browse,
+            python=python,
+            tool_cache=tool_cache,
+            dialogue=dialogue,
             engine=engine,
             num_env_runners=num_env_runners,
             num_learners=num_learners,
+            num_saved_trees=None if save_trees < 0 else save_trees,
             seed=seed,
         )
     start_run(built, out, iterations)
@@ -155,122 +196,158 @@ def train(
 @app.command()
 def sft(
     model: Annotated[str, typer.Argument(help="Hugging Face folder or hub name.")],
-    data: Annotated[Path, typer.Option(help='Traces: .jsonl rows of chat "messages".')],
+    data: Annotated[
+        Path,
+        typer.Option(help="Traces, .jsonl or .json: chats, ShareGPT's or Alpaca's."),
+    ],
     iterations: Annotated[int, typer.Option(min=1)] = 100,
     out: Out = Path("runs/sft"),
     tools: Annotated[
         str, typer.Option(help="Names of the tools in the traces, by commas.")
     ] = "search,python",
+    dialogue: DialogueName = "tags",
+    max_result_tokens: ResultTokens = 256,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Longer traces are bad rows.", min=1)
+    ] = None,
+    on_bad_row: OnBadRow = "error",
     batch_size: BatchSize = 128,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 7e-6,
     num_learners: Learners = 0,
     seed: Seed = 0,
 ) -> None:
     """Cold start: imitate multi-turn tool traces."""
-    from functools import partial
-
-    from rllib_arpo.cli_config import (
-        check_model,
-        local_or_hub,
-        no_tools,
-        per_learner,
-    )
     from rllib_arpo.cli_runs import start_run
-    from rllib_arpo.data.traces import load_traces
-    from rllib_arpo.envs.tool_use_env import ToolUseEnv
-    from rllib_arpo.sft import SFTConfig
+    from rllib_arpo.cli_traces import sft_config
 
-    names = tuple(name.strip() for name in tools.split(","))
-    check_model(model)
-    model = local_or_hub(model)
-    config = (
-        SFTConfig()
-        .environment(
-            env=ToolUseEnv,
-            env_config={"tools": no_tools, "tool_names": names},
-            train_traces=partial(load_traces, str(data.absolute()), model, names),
-        )
-        .rl_module(model_config={"model": model})
-        .training(
-            lr=lr,
-            train_batch_size_per_learner=per_learner(batch_size, num_learners),
-            minibatch_size=per_learner(batch_size, num_learners),
-        )
-        .learners(num_learners=num_learners)
-        .env_runners(num_env_runners=0)
-        .debugging(seed=seed, log_level="ERROR")
+    config = sft_config(
+        model,
+        data,
+        tools=tuple(name.strip() for name in tools.split(",")),
+        dialogue=dialogue,
+        max_result_tokens=max_result_tokens,
+        max_tokens=max_tokens,
+        on_bad_row=on_bad_row,
+        batch_size=batch_size,
+        lr=lr,
+        num_learners=num_learners,
+        seed=seed,
     )
     start_run(config, out, iterations)
 
 
 @app.command()
+def export_traces(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    out: Annotated[Path, typer.Option(help="The .jsonl file to write.")] = Path(
+        "traces.jsonl"
+    ),
+    min_reward: Annotated[
+        float, typer.Option(help="Least reward of a trajectory.")
+    ] = 1.0,
+    max_per_task: Annotated[
+        int | None, typer.Option(help="Most rows of one task; newest first.", min=1)
+    ] = None,
+) -> None:
+    """Write a run's good trajectories as traces for `sft`: rejection sampling."""
+    from rllib_arpo.cli_traces import export_traces_of_run
+
+    typer.echo(
+        export_traces_of_run(run, out, min_reward=min_reward, max_per_task=max_per_task)
+    )
+
+
+@app.command()
 def evaluate(
+    context: typer.Context,
     checkpoint: Annotated[
         Path, typer.Argument(help="Run, checkpoint or Hugging Face folder.")
     ],
     data: Annotated[
         Path | None, typer.Option(help="Tasks; default: the run's eval_tasks.")
     ] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(
+            help="Names with commas between, as gsm8k,hotpotqa; NAME=FILE or "
+            "NAME=OWNER/NAME[:CONFIG[:SPLIT]] says where it is."
+        ),
+    ] = None,
+    benchmark_dir: Annotated[
+        Path | None,
+        typer.Option(help="Holds NAME.jsonl and so on; default: the Hub."),
+    ] = None,
     num_tasks: Annotated[
         int | None, typer.Option(help="Only the first so many.", min=1)
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
-    num_samples: Annotated[int, typer.Option(help="Answers per task.", min=1)] = 1,
+    k: Annotated[str, typer.Option(help="Of pass@k, with commas between.")] = "1",
+    num_samples: Annotated[
+        int | None,
+        typer.Option(help="Answers per task and seed; default: largest k.", min=1),
+    ] = None,
+    seed: Seed = 0,
+    seeds: Annotated[
+        int, typer.Option(help="Repetitions, each with its own seed.", min=1)
+    ] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(help="Default: 1; of benchmarks 0.6.", min=0.0)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Default: 1; of benchmarks 0.95.", min=0.01, max=1.0),
+    ] = None,
+    max_response_tokens: Annotated[
+        int | None,
+        typer.Option(help="Default: 1024; of benchmarks 4096 or 8192.", min=1),
+    ] = None,
+    max_tool_calls: Annotated[
+        int | None, typer.Option(help="Default: 5; of benchmarks 3 or 6.", min=0)
+    ] = None,
     corpus: Corpus = None,
-    max_response_tokens: MaxTokens = 1024,
+    dialogue: Annotated[str, typer.Option(help='"tags" or "chat_template".')] = "tags",
     engine: EngineName = "torch",
     num_env_runners: EnvRunners = 0,
-    seed: Seed = 0,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint, or --out of its evaluation, to compare with."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of answers; default: in runs/evaluate.")
+    ] = None,
+    answers_at_once: Annotated[
+        int, typer.Option(help="Under way; a killed run loses these.", min=1)
+    ] = 256,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures there.")
     ] = None,
 ) -> None:
-    """Answer tasks and print accuracy, tool calls and tokens."""
-    from rllib_arpo.cli_config import (
-        config_of_flags,
-        find_checkpoint,
-        is_model_folder,
-    )
-    from rllib_arpo.cli_runs import num_actors_of, restore, started_ray
-    from rllib_arpo.data.sources import resolve_tasks
-    from rllib_arpo.evaluation import evaluate as evaluate_tasks
-    from rllib_arpo.progress import Console
+    """Answer tasks or benchmarks, and print what is right and what it cost."""
+    from rllib_arpo.cli_evaluate import Flags, evaluate_command
 
-    tasks = resolve_tasks(str(data), setting="--data") if data is not None else None
-    config, path = None, checkpoint
-    if is_model_folder(checkpoint):
-        config = config_of_flags(
-            data=None,
-            model=str(checkpoint),
-            corpus=corpus,
-            max_response_tokens=max_response_tokens,
-            engine=engine,
-            num_env_runners=num_env_runners,
-            seed=seed,
-        )
-    else:
-        path = find_checkpoint(checkpoint)
-    with started_ray(num_env_runners if config else num_actors_of(path)):
-        algorithm = config.build_algo() if config else restore(path)
-        try:
-            tasks = tasks or algorithm.eval_tasks
-            if not tasks:
-                raise ConfigError(
-                    f"{checkpoint} has no tasks of its own: give some with --data"
-                )
-            result = evaluate_tasks(
-                algorithm,
-                tasks[:num_tasks],
-                temperature=temperature,
-                num_samples=num_samples,
-                seed=seed,
-            )
-        finally:
-            algorithm.stop()
-    title = f"{len(result.trees)} tasks, {num_samples} answers each"
-    Console().table(title, result.metrics)
-    if json_file is not None:
-        json_file.write_text(json.dumps(dict(result.metrics), indent=2) + "\n")
+    flags = Flags(
+        checkpoint=checkpoint,
+        data=data,
+        benchmark=benchmark,
+        benchmark_dir=benchmark_dir,
+        num_tasks=num_tasks,
+        k=k,
+        num_samples=num_samples,
+        seed=seed,
+        seeds=seeds,
+        temperature=temperature,
+        top_p=top_p,
+        max_response_tokens=max_response_tokens,
+        max_tool_calls=max_tool_calls,
+        corpus=corpus,
+        dialogue=dialogue,
+        engine=engine,
+        num_env_runners=num_env_runners,
+        baseline=baseline,
+        out=out,
+        answers_at_once=answers_at_once,
+        json_file=json_file,
+    )
+    evaluate_command(flags, _given(context))
 
 
 @app.command()
@@ -342,12 +419,19 @@ def _one_line(error: Exception) -> str:
 
 def _only(context: typer.Context, source: str, *allowed: str) -> None:
     """Refuse flags that would have no effect beside `source`."""
-    for parameter in context.command.params:
-        name = str(parameter.name)
-        given = context.get_parameter_source(name)
-        if given is not None and given.name == "COMMANDLINE" and name not in allowed:
+    for name in _given(context):
+        if name not in allowed:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{flag} has no effect with {source}: leave it out")
+
+
+def _given(context: typer.Context) -> list[str]:
+    """Names of the parameters that stand on the command line."""
+    sources = {
+        str(parameter.name): context.get_parameter_source(str(parameter.name))
+        for parameter in context.command.params
+    }
+    return [n for n, s in sources.items() if s is not None and s.name == "COMMANDLINE"]
 
 
 def _quiet() -> None:

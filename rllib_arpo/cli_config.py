@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from rllib_arpo.arpo import ARPO
 from rllib_arpo.checkpoints import check_whole, newest_checkpoint
 from rllib_arpo.config import ARPOConfig
+from rllib_arpo.data.data_file import BadRowRule, DataFile
 from rllib_arpo.envs.env_config import DEFAULTS, load_tokenizer
 from rllib_arpo.envs.tool_use_env import ToolUseEnv
 from rllib_arpo.errors import ARPOError, ConfigError
@@ -48,7 +49,7 @@ def config_of_file(file: Path, model: str | None) -> ARPOConfig:
 
 def config_of_flags(
     *,
-    data: Path | None,
+    data: str | None,
     model: str,
     corpus: Path | None,
     max_response_tokens: int,
@@ -60,7 +61,8 @@ def config_of_flags(
     tool_cache: Path | None = None,
     dialogue: str = "tags",
     max_result_tokens: int = DEFAULTS["max_result_tokens"],
-    eval_data: Path | None = None,
+    eval_data: str | None = None,
+    on_bad_row: str = "error",
     batch_size: int = 1,
     minibatch_size: int | None = None,
     group_size: int = 16,
@@ -96,8 +98,8 @@ def config_of_flags(
                 "max_response_tokens": max_response_tokens,
                 "max_tool_calls": max_tool_calls,
             },
-            train_tasks=_absolute(data),
-            eval_tasks=_absolute(eval_data),
+            train_tasks=_data_file(data, on_bad_row),
+            eval_tasks=_data_file(eval_data, on_bad_row),
         )
         .rl_module(model_config={"model": local_or_hub(model)})
         .tree_rollout(
@@ -183,6 +185,13 @@ def find_checkpoint(folder: Path) -> Path:
 def no_tools(task: Task) -> list[Any]:
     """For an environment that is never stepped."""
     return []
+
+
+def _data_file(path: str | None, on_bad_row: str) -> DataFile | None:
+    if path is None:
+        return None
+    place = path if "://" in path else str(Path(path).absolute())
+    return DataFile(place, on_bad_row=cast(BadRowRule, on_bad_row))
 
 
 def _absolute(file: Path | None) -> str | None:

@@ -2,11 +2,12 @@
 
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 from rllib_arpo.cli_config import check_model, local_or_hub, no_tools, per_learner
+from rllib_arpo.data.data_file import BadRowRule
 from rllib_arpo.data.export_traces import export_traces
-from rllib_arpo.data.traces import OnBadRow, load_traces
+from rllib_arpo.data.traces import load_traces
 from rllib_arpo.envs.tool_use_env import ToolUseEnv
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.runs import Run
@@ -35,9 +36,9 @@ def sft_config(
     Raises:
         ConfigError: a flag cannot work, or there is no such model.
     """
-    if on_bad_row not in get_args(OnBadRow):
+    if on_bad_row not in get_args(BadRowRule):
         raise ConfigError(
-            f'--on-bad-row ("{on_bad_row}") must be one of {get_args(OnBadRow)}'
+            f'--on-bad-row ("{on_bad_row}") must be one of {get_args(BadRowRule)}'
         )
     check_model(model)
     model = local_or_hub(model)
@@ -61,7 +62,7 @@ def sft_config(
                 tool_specs=specs,
                 max_result_tokens=max_result_tokens,
                 max_tokens=max_tokens,
-                on_bad_row=on_bad_row,
+                on_bad_row=cast(BadRowRule, on_bad_row),
             ),
         )
         .rl_module(model_config={"model": model})

@@ -91,6 +91,9 @@ class ARPOSettings(AlgorithmConfig):
         # learners()
         self.learner_strategy = "ddp"
 
+        # reporting()
+        self.num_saved_trees: int | None = 4
+
         # debugging()
         self.deterministic = False
 
@@ -120,9 +123,11 @@ class ARPOSettings(AlgorithmConfig):
             env: a `ToolUseEnv` subclass, or any gymnasium env over `TokenSequence`
                 spaces, as a class, a registered name or through `tune.register_env`.
                 `env_config` reaches its constructor, with "tokenizer" added.
-            train_tasks: a parquet or jsonl file, a list of `Task`, or a picklable
-                function that returns one (called in the driver).
-            eval_tasks: the same, for `evaluate()`.
+            train_tasks: a file or folder of rows by its path or URI; a `DataFile`
+                that says how to read it, or a mapping of its arguments; a `Mixture`
+                of several with weights; a list of `Task`; or a picklable function
+                that returns one (called in the driver).
+            eval_tasks: the same, for `evaluate()`; no mixture.
             **kwargs: see `AlgorithmConfig.environment`.
         """
         super().environment(env, **kwargs)
@@ -226,6 +231,21 @@ class ARPOSettings(AlgorithmConfig):
         """
         super().learners(**kwargs)
         return self._set(learner_strategy=learner_strategy)
+
+    @override(AlgorithmConfig)
+    def reporting(
+        self, *, num_saved_trees: int | None = NOT_PROVIDED, **kwargs: Any
+    ) -> Self:
+        """Set what is kept of an iteration.
+
+        Args:
+            num_saved_trees: trees of every iteration that `ARPO.saved_trees` holds and
+                that a run's folder keeps (`trees/`); None: all, for rejection sampling
+                by `rllib-arpo export-traces`.
+            **kwargs: see `AlgorithmConfig.reporting`.
+        """
+        super().reporting(**kwargs)
+        return self._set(num_saved_trees=num_saved_trees)
 
     @override(AlgorithmConfig)
     def debugging(self, *, deterministic: bool = NOT_PROVIDED, **kwargs: Any) -> Self:

@@ -3,6 +3,7 @@
 ARPOError
 ├── ConfigError        a setting, flag or model folder that cannot work
 ├── DataError          a row or file that is wrong: names file, row and field
+│   └── RowError           ... a row, with its place as attributes
 ├── CheckpointError    a checkpoint or model cannot be written, or is not whole
 ├── LearnerError       a learner died
 ├── DivergenceError    gradients stay infinite or NaN
@@ -25,6 +26,32 @@ class ConfigError(ARPOError, ValueError):
 
 class DataError(ARPOError, ValueError):
     """A row or file is wrong; the message names file, row and field."""
+
+
+class RowError(DataError):
+    """A row is wrong.
+
+    Args:
+        file: as its reader named it.
+        row: from 0.
+        field: dotted; empty when the row as a whole is meant.
+        problem: what is wrong with it.
+    """
+
+    def __init__(self, file: str, row: int, field: str, problem: str) -> None:
+        super().__init__(file, row, field, problem)
+        self.file = file
+        self.row = row
+        self.field = field
+        self.problem = problem
+
+    def __str__(self) -> str:
+        place = f"{self.file}, row {self.row}"
+        return (
+            f"{place}, `{self.field}`: {self.problem}"
+            if self.field
+            else (f"{place}: {self.problem}")
+        )
 
 
 class CheckpointError(ARPOError, RuntimeError):

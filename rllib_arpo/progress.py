@@ -84,10 +84,12 @@ class Console:
             yield advance
 
     @contextmanager
-    def count(self, total: int, name: str) -> Iterator[Callable[[int], None]]:
+    def count(
+        self, total: int, name: str, *, done: int = 0
+    ) -> Iterator[Callable[[int], None]]:
         """A bar with time left; call it with how many more are done."""
         with self._bar() as bar:
-            task = bar.add_task(name, total=total)
+            task = bar.add_task(name, total=total, completed=done)
             yield lambda more: bar.advance(task, more)
 
     @contextmanager

@@ -15,7 +15,7 @@ from ray.rllib.utils.metrics import LEARNER_UPDATE_TIMER
 
 from rllib_arpo.arpo import ARPO
 from rllib_arpo.config import ARPOConfig
-from rllib_arpo.data.datasets import TaskCursor
+from rllib_arpo.data.cursor import TaskCursor
 from rllib_arpo.errors import DataError
 from rllib_arpo.tree import RolloutTree
 

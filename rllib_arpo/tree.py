@@ -42,7 +42,7 @@ class Task:
         task_id: unique within its data set.
         messages: the prompt as chat messages, rendered by the dialogue.
         answers: accepted answers, at least one.
-        ability: chooses the answer check, "math" or "qa".
+        ability: chooses the answer check, one of `rewards.answers.ABILITIES`.
         source: name of the data set, for metrics by source.
         metadata: anything that the environment's tools need, picklable.
     """

@@ -38,6 +38,8 @@ def imported_modules(file: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
+            if "python_worker" in file.parts and node.level:
+                continue  # a program of its own, which runs without the package
             assert node.level == 0, f"{file}:{node.lineno} imports relatively"
             assert node.module is not None
             yield node.module
@@ -83,8 +85,8 @@ def test_imports_point_one_way(monkeypatch):
         ("ray.serve", "serving/"),
         ("mlflow", "tracking/"),
         ("peft", "lora.py"),
-        ("openai", "rewards/judge.py"),
-        ("mcp", "tools/mcp.py"),
+        ("openai", "rewards/judge"),
+        ("mcp", "tools/mcp"),
         ("sentence_transformers", "tools/search_dense.py"),
         ("faiss", "tools/search_dense.py"),
         ("trafilatura", "tools/page_worker.py"),

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from rllib_arpo.data.datasets import Row
+from rllib_arpo.data.rows import Row
 
 ChatRole = Literal["system", "user", "assistant", "tool"]
 

@@ -17,7 +17,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from rllib_arpo.data.datasets import Row, jsonl_rows
+from rllib_arpo.data.data_file import BadRowRule
+from rllib_arpo.data.files import jsonl_rows
+from rllib_arpo.data.rows import Row
 from rllib_arpo.data.trace_rows import ChatMessage, chat_messages
 from rllib_arpo.envs.dialogue import Dialogue
 from rllib_arpo.envs.env_config import DEFAULTS, load_tokenizer, make_dialogue
@@ -26,7 +28,6 @@ from rllib_arpo.tools.tool import ToolSpec
 from rllib_arpo.tree import Leaf, Message, RolloutTree, Segment, Task, ToolCall
 
 Part = tuple[Literal["model", "tool"], str]
-OnBadRow = Literal["error", "skip"]
 
 MAX_RESULT_TOKENS: int = DEFAULTS["max_result_tokens"]
 
@@ -42,7 +43,7 @@ def load_traces(
     tool_specs: Sequence[ToolSpec] | None = None,
     max_result_tokens: int = MAX_RESULT_TOKENS,
     max_tokens: int | None = None,
-    on_bad_row: OnBadRow = "error",
+    on_bad_row: BadRowRule = "error",
 ) -> list[RolloutTree]:
     """Read traces from a .jsonl file, or a .json file that holds a list.
 

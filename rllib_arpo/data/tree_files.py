@@ -182,11 +182,9 @@ def _segments(rows: Iterable[dict[str, Any]]) -> Iterator[Segment]:
             for name, type_ in ARRAYS.items()
         }
         call, branch = row["tool_call"], row["branch"]
-        yield Segment(
-            **row
-            | arrays
-            | {
-                "tool_call": None if call is None else ToolCall(**call),
-                "branch": None if branch is None else BranchDecision(**branch),
-            }
-        )
+        carriers: dict[str, Any] = {
+            "tool_call": None if call is None else ToolCall(**call),
+            "branch": None if branch is None else BranchDecision(**branch),
+        }
+        fields: dict[str, Any] = {**row, **arrays, **carriers}
+        yield Segment(**fields)

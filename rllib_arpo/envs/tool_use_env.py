@@ -81,8 +81,9 @@ class ToolUseEnv(gymnasium.Env[TokenIds, TokenIds]):
               (`ChatTemplateDialogue`), a mapping of their options with one of these
               as "type", or a `Dialogue`.
             - reward_fn: a `RewardFn`, or "module:function".
-            - reward_in_thread: None runs it in a thread for tasks of ability
-              "math", whose symbolic checks may take a second.
+            - reward_in_thread: None runs it in a thread when its attribute
+              `in_thread` says so, or without one for tasks of ability "math", whose
+              symbolic checks may take a second.
             - max_response_tokens: most tokens after the prompt, tool results
               included.
             - max_tool_calls: later calls are refused.
@@ -305,7 +306,9 @@ class ToolUseEnv(gymnasium.Env[TokenIds, TokenIds]):
         )
         in_thread = self._reward_in_thread
         if in_thread is None:
-            in_thread = self._task.ability == "math"
+            in_thread = getattr(
+                self.reward_fn, "in_thread", self._task.ability == "math"
+            )
         reward, parts = (
             await asyncio.to_thread(score, self.reward_fn, trajectory)
             if in_thread

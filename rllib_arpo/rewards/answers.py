@@ -1,96 +1,115 @@
-"""Whether an answer is right: by value for mathematics, by tokens for questions.
+"""Whether an answer is right, by the check of its task's ability.
 
-1. `math_equal`: equal strings and plain numbers are compared here; whatever is left
-   goes to math-verify in a worker process that can be killed, because SymPy may run
-   for ever and its own timeout needs the main thread.
-2. `f1` and `exact_match`: the SQuAD measures, but a number keeps its sign and its
-   decimal point, so that 1.5 is not 15 and -3 is not 3.
+    math      by value: 0.5 = 1/2, -3 is not 3           mathematics.py
+    qa        F1 of the words, in [0, 1]                  words.py
+    exact     all words the same, in the same order       words.py
+    numeric   a number within a tolerance                 quantities.py
+    choice    the letter of an option, or its text        choices.py
+
+All but "math" take time linear in the answer, which is cut at a length; "math" has a
+time limit that holds in any thread (math_worker.py).
 """
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 
-from rllib_arpo.rewards.math_worker import symbolic_equal
+from rllib_arpo.errors import DataError
+from rllib_arpo.rewards.choices import choice, same_choice
+from rllib_arpo.rewards.latex import tidy
+from rllib_arpo.rewards.mathematics import MAX_CHARS, math_equal, math_problem
+from rllib_arpo.rewards.quantities import Measure, number, ratios, split_unit
+from rllib_arpo.rewards.words import exact_match, f1, words
 
-_ARTICLES = frozenset({"a", "an", "the"})
-_NUMBER = r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)"
-# A number on its own, or a word with the dots and apostrophes inside it (U.S.).
-_WORD = re.compile(rf"(?<![\w.]){_NUMBER}(?!\.?\w)|\w+(?:[.'\u2019]\w+)*")
-_PLAIN = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d*)(\.\d*)?")
-_TEX_FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{?(\d+)\}?\{?(\d+)\}?")
-_RATIO = re.compile(r"([-+]?\d+)/(\d+)")
+ABILITIES = ("math", "qa", "exact", "numeric", "choice")
+
+_ABOUT = re.compile(r"^(?:about|approximately|around|\\approx|[a-zA-Z]\w* ?=) *")
 
 
 def accuracy(
-    answer: str, accepted: Sequence[str], *, ability: str, timeout_s: float = 2.0
+    answer: str,
+    accepted: Sequence[str],
+    *,
+    ability: str,
+    timeout_s: float = 2.0,
+    rel_tol: float = 1e-6,
+    abs_tol: float = 0.0,
 ) -> float:
-    """Best score in [0, 1] over the accepted answers: math 0 or 1, otherwise F1."""
+    """Best score in [0, 1] over the accepted answers; only "qa" gives parts of 1.
+
+    Args:
+        answer: what the model answered.
+        accepted: the accepted answers, at least one.
+        ability: one of `ABILITIES`.
+        timeout_s: seconds for one comparison of "math"; a longer one is unequal.
+        rel_tol: for "numeric", |answer - gold| <= max(rel_tol·|gold|, abs_tol).
+        abs_tol: see `rel_tol`.
+
+    Raises:
+        DataError: there is no such ability.
+    """
+    if ability == "qa":
+        return max(f1(answer, gold) for gold in accepted)
     if ability == "math":
         return float(any(math_equal(answer, gold, timeout_s) for gold in accepted))
-    return max(f1(answer, gold) for gold in accepted)
+    if ability == "exact":
+        return float(any(exact_match(answer, gold) for gold in accepted))
+    if ability == "choice":
+        return float(any(same_choice(answer, gold) for gold in accepted))
+    if ability == "numeric":
+        return float(
+            any(close(answer, g, rel_tol=rel_tol, abs_tol=abs_tol) for g in accepted)
+        )
+    raise DataError(
+        f"ability {ability!r} has no answer check; known are {list(ABILITIES)}. Map "
+        "the column to one of these, or pass a `reward_fn` of your own."
+    )
 
 
-def f1(answer: str, gold: str) -> float:
-    """Harmonic mean of precision and recall of the words, in [0, 1]."""
-    words, expected = _words(answer), _words(gold)
-    if not words or not expected:
-        return float(answer.strip() == gold.strip() != "")
-    common = (Counter(words) & Counter(expected)).total()
-    return 2 * common / (len(words) + len(expected))
+def close(answer: str, gold: str, *, rel_tol: float, abs_tol: float) -> bool:
+    """Whether two numbers, with or without units, differ by at most a tolerance.
 
-
-def exact_match(answer: str, gold: str) -> bool:
-    """Whether the words are the same, in the same order."""
-    return _words(answer) == _words(gold)
-
-
-def math_equal(answer: str, gold: str, timeout_s: float = 2.0) -> bool:
-    r"""Whether two answers have the same value: 0.5 = 1/2 = \frac{1}{2}.
-
-    A comparison that takes longer than `timeout_s` seconds counts as unequal.
+    |answer - gold| <= max(rel_tol·|gold|, abs_tol). Known units are converted, units
+    of different kinds are unequal, and an answer with two numbers is none.
     """
-    left, right = _tidy(answer), _tidy(gold)
-    if not left or not right:
+    given, expected = _measure(answer), _measure(gold)
+    value, target = number(given.amount), number(expected.amount)
+    if value is None or target is None:
         return False
-    if left == right:
-        return True
-    left_value, right_value = _value(left), _value(right)
-    if left_value is not None and right_value is not None:
-        return left_value == right_value
-    return symbolic_equal(answer, gold, timeout_s)
+    allowed = max(Fraction(rel_tol) * abs(target), Fraction(abs_tol))
+    return any(
+        abs(value * ratio - target) <= allowed
+        for ratio in ratios(given.unit, expected.unit)
+    )
 
 
-def _words(text: str) -> list[str]:
-    words: list[str] = []
-    for match in _WORD.finditer(text.lower()):
-        value = _value(match.group().rstrip(".,"))
-        word = re.sub("[.'\u2019]", "", match.group()) if value is None else str(value)
-        if word not in _ARTICLES:
-            words.append(word)
-    return words
+def parses(answer: str, ability: str) -> bool:
+    """Whether the check of an ability can understand a gold answer."""
+    return problem(answer, ability) is None
 
 
-def _tidy(text: str) -> str:
-    text = text.strip().strip("$").strip()
-    for waste in ("\\left", "\\right", "\\!", "\\,", "\\;", "\\ ", " ", "\\$"):
-        text = text.replace(waste, "")
-    return text.rstrip(".").removesuffix("\\%").removesuffix("%")
+def problem(answer: str, ability: str) -> str | None:
+    """Why the check of an ability cannot understand a gold answer, None if it can.
+
+    Most answers take microseconds; "math" asks a worker for what is no plain number,
+    some ten milliseconds.
+    """
+    if ability == "math":
+        return math_problem(answer)
+    if ability == "numeric":
+        known = number(_measure(answer).amount) is not None
+        return None if known else "not a number"
+    if ability == "choice":
+        return None if choice(answer) is not None else "neither a letter nor a text"
+    if ability in ("qa", "exact"):
+        # A flag or ∞ is no word, and yet an answer.
+        is_sign = not answer.isspace() and not answer.isascii()
+        return None if words(answer) or is_sign else "no word in it"
+    return f"ability {ability!r} has no answer check; known are {list(ABILITIES)}"
 
 
-def _value(text: str) -> Fraction | None:
-    """Exact value of a plain number or fraction, None for anything else."""
-    for pattern in (_TEX_FRACTION, _RATIO):
-        match = pattern.fullmatch(text)
-        if match is not None:
-            *sign, top, bottom = match.groups()
-            if int(bottom) == 0:
-                return None
-            return Fraction(int("".join((*sign, top))), int(bottom))
-    match = _PLAIN.fullmatch(text)
-    if match is None or not any(c.isdigit() for c in text):
-        return None
-    sign, whole, decimals = match.groups()
-    digits = whole.replace(",", "") or "0"
-    return Fraction(f"{sign}{digits}{decimals or ''}")
+def _measure(text: str) -> Measure:
+    if len(text) > MAX_CHARS:
+        return Measure("")
+    text = _ABOUT.sub("", tidy(text), count=1)
+    return split_unit(text, words=True, letters=True)

@@ -3,8 +3,10 @@
 SymPy may run for ever in one step (10^{10^{10}}), where neither a thread nor a Python
 signal handler stops it, and math-verify's own timeout works in the main thread only.
 So a worker reads pairs of answers, a line of JSON each, with an alarm set that the
-system itself ends it by; the next pair starts another. This file is also the
-worker's program: run by its path, it imports nothing else of the package.
+system itself ends it by; the next pair starts another. The limit counts the worker's
+own CPU time, so that a busy machine changes no reward; ten times as much on the clock
+ends it too. This file is also the worker's program: run by its path, it imports
+nothing else of the package.
 """
 
 import json
@@ -14,25 +16,32 @@ import threading
 from functools import lru_cache
 
 MAX_WORKERS = 4
-MAX_CHARS = 500  # no final answer is longer; parsing time grows faster than length
 MEMORY_BYTES = 2 << 30
 
 
 @lru_cache(maxsize=8192)
 def symbolic_equal(answer: str, gold: str, timeout_s: float) -> bool:
-    """Whether two LaTeX or plain expressions are equal.
+    """Whether two expressions in plain LaTeX are equal.
 
-    A comparison that takes longer than `timeout_s` seconds or more memory than
-    `MEMORY_BYTES`, and an answer longer than `MAX_CHARS`, counts as unequal.
+    A comparison that takes longer than `timeout_s` seconds of CPU time or more memory
+    than `MEMORY_BYTES` counts as unequal.
     """
-    if max(len(answer), len(gold)) > MAX_CHARS:
-        return False
+    return _reply([gold, answer], timeout_s)
+
+
+@lru_cache(maxsize=8192)
+def can_parse(expression: str, timeout_s: float) -> bool:
+    """Whether math-verify reads the expression as mathematics within the limits."""
+    return _reply([expression], timeout_s)
+
+
+def _reply(expressions: list[str], timeout_s: float) -> bool:
     with _slots:
         try:
             worker = _idle.pop()
         except IndexError:
             worker = _start_worker()
-        reply = _ask(worker, json.dumps([answer, gold, timeout_s]))
+        reply = _ask(worker, json.dumps([expressions, timeout_s]))
         if reply:
             _idle.append(worker)
         else:
@@ -46,7 +55,7 @@ _idle: list["subprocess.Popen[str]"] = []
 
 def _start_worker() -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, __file__],
+        [sys.executable, "-P", __file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -88,13 +97,37 @@ def _stop_workers() -> None:
 _inherited: list["subprocess.Popen[str]"] = []
 
 
-def _equal(answer: str, gold: str) -> bool:
-    from math_verify import parse, verify
+def _equal(expressions: list[str]) -> bool:
+    """Whether the first expression, the gold one, can be read and equals the others."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
 
+    # All of the text must be an expression: no number is looked for in what cannot be
+    # parsed, and units are gone already ("5m" is a product).
+    reading = LatexExtractionConfig(
+        normalization_config=NormalizationConfig(
+            basic_latex=True,
+            units=False,
+            malformed_operators=True,
+            nits=True,
+            boxed="none",
+            equations=False,
+        )
+    )
     # 0 turns math-verify's timeouts off: the alarm is the timeout.
-    expected = parse(f"${gold}$", parsing_timeout=0)
-    given = parse(f"${answer}$", parsing_timeout=0)
-    return bool(verify(expected, given, timeout_seconds=0))
+    gold, *others = (
+        parse(
+            f"${expression}$",
+            [reading],
+            fallback_mode="no_fallback",
+            parsing_timeout=0,
+        )
+        for expression in expressions
+    )
+    return bool(gold) and all(
+        verify(gold, other, timeout_seconds=0, allow_set_relation_comp=True)
+        for other in others
+    )
 
 
 def _serve() -> None:
@@ -104,20 +137,22 @@ def _serve() -> None:
     import math_verify  # noqa: F401  loaded before the first alarm is set
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for line in sys.stdin:
-        answer, gold, timeout_s = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, timeout_s)
+        expressions, timeout_s = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, timeout_s)
+        signal.setitimer(signal.ITIMER_REAL, 10 * timeout_s)
         try:
-            equal = _equal(answer, gold)
+            equal = _equal(expressions)
         except Exception:  # boundary: whatever SymPy cannot do is not equal
             equal = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(equal), flush=True)
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # the folder of this file, whose modules are no top-level names
     _serve()
 else:
     import atexit

@@ -19,6 +19,7 @@ from rllib_arpo.errors import RewardError
 from rllib_arpo.rewards.answers import accuracy
 from rllib_arpo.tree import Trajectory
 
+# One that waits for something (a judge) has the attribute `in_thread`, true.
 RewardFn = Callable[[Trajectory], float | Mapping[str, float]]
 
 
@@ -76,6 +77,8 @@ class PaperReward:
         overlong_buffer_tokens: L_buffer, the last tokens of the response budget in
             which the penalty grows from 0 to -1; 0 for no penalty.
         math_timeout_s: a symbolic comparison that takes longer counts as unequal.
+        numeric_rel_tol: of answers of ability "numeric", a share of the gold answer.
+        numeric_abs_tol: the same in absolute terms; the larger of both counts.
     """
 
     multi_tool_bonus: float = 0.1
@@ -83,19 +86,13 @@ class PaperReward:
     tools: tuple[str, ...] = ("search", "python")
     overlong_buffer_tokens: int = 0
     math_timeout_s: float = 2.0
+    numeric_rel_tol: float = 1e-6
+    numeric_abs_tol: float = 0.0
 
     def __call__(self, trajectory: Trajectory) -> dict[str, float]:
         """Parts "accuracy", "format", "multi_tool_bonus", and "overlong" if asked."""
-        well_formed = not trajectory.format_errors and trajectory.answer is not None
-        correct = 0.0
-        if well_formed and trajectory.answer is not None:
-            task = trajectory.task
-            correct = accuracy(
-                trajectory.answer,
-                task.answers,
-                ability=task.ability,
-                timeout_s=self.math_timeout_s,
-            )
+        answer = None if trajectory.format_errors else trajectory.answer
+        correct = 0.0 if answer is None else self.correctness(trajectory, answer)
         used = {
             turn.tool_call.name
             for turn in trajectory.turns
@@ -104,7 +101,7 @@ class PaperReward:
         earned = correct > 0 and used.issuperset(self.tools)
         parts = {
             "accuracy": correct,
-            "format": 0.0 if well_formed else self.format_penalty,
+            "format": self.format_penalty if answer is None else 0.0,
             # max(acc + r_M, acc): a negative bonus is no punishment.
             "multi_tool_bonus": max(self.multi_tool_bonus, 0.0) if earned else 0.0,
         }
@@ -115,6 +112,17 @@ class PaperReward:
                 buffer_tokens=self.overlong_buffer_tokens,
             )
         return parts
+
+    def correctness(self, trajectory: Trajectory, answer: str) -> float:
+        """How right the answer of a well-formed trajectory is, acc in [0, 1]."""
+        return accuracy(
+            answer,
+            trajectory.task.answers,
+            ability=trajectory.task.ability,
+            timeout_s=self.math_timeout_s,
+            rel_tol=self.numeric_rel_tol,
+            abs_tol=self.numeric_abs_tol,
+        )
 
 
 def overlong_penalty(

@@ -39,8 +39,8 @@ from ray.rllib.utils.metrics import (
 )
 
 from rllib_arpo.config import ARPOConfig
-from rllib_arpo.data.datasets import TaskCursor
-from rllib_arpo.data.sources import resolve_tasks
+from rllib_arpo.data.cursor import Cursor
+from rllib_arpo.data.sources import make_cursor
 from rllib_arpo.engines.engine import Engine, SamplingParams
 from rllib_arpo.engines.weights import WEIGHT_PROBE, WeightProbe, check_probe
 from rllib_arpo.errors import ARPOError, EngineError, WeightSyncError
@@ -69,7 +69,7 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
         self._weights_seq_no = 0
         self._name = uuid.uuid4().hex
         self._engine_meter = EngineMeter()
-        self._cursor: TaskCursor | None = None
+        self._cursor: Cursor | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="rollouts", daemon=True
@@ -273,8 +273,9 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
 
     def _own_tasks(self, count: int) -> list[Task]:
         if self._cursor is None:
-            tasks = resolve_tasks(self.config.train_tasks, setting="train_tasks")
-            self._cursor = TaskCursor(tasks, seed=self._seed or 0)
+            self._cursor = make_cursor(
+                self.config.train_tasks, seed=self._seed or 0, setting="train_tasks"
+            )
         return self._cursor.next(count)
 
     @override(EnvRunner)

@@ -1,11 +1,14 @@
-"""Search by a service over HTTP, in the wire formats of `search_apis.py`.
+"""Search by services on the web or in the cluster, as backends of `SearchTool`.
 
-1. Every failure of the service (no answer, 429, 5xx, a refused key, an answer of
-   another shape) counts as the tool's, not as the model's: `ToolError(retryable=True)`.
-   The environment retries; nothing is retried here.
-2. A service that says when to come back (Retry-After) is left alone until then.
-3. Keys come from environment variables, are read where they are used, and stand in no
-   setting, pickle, log or message.
+    backend = search_backend("serper", country="us", max_per_s=5)
+
+1. A key is read from its environment variable for each request and kept nowhere: not
+   in an object, a pickle, a checkpoint, a log or an error.
+2. A service in trouble is a `ToolError` that is retryable; the environment retries. A
+   key that is missing or refused is a `ConfigError`: no retry mends it, and the model
+   is not to blame. The released code gave the model an empty text for both.
+3. A limit on requests holds for all backends of a process that ask the same service,
+   and a service that says when to come back is left alone until then.
 """
 
 import asyncio
@@ -14,258 +17,327 @@ import logging
 import os
 import ssl
 import time
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, fields
+from email.utils import parsedate_to_datetime
+from functools import cache
 from typing import Any
-from urllib.parse import urlsplit
-from weakref import WeakKeyDictionary
 
 import httpx2
 
 from rllib_arpo.errors import ConfigError, ToolError
+from rllib_arpo.tools.pace import Pace, pace_of
 from rllib_arpo.tools.search import Document
-from rllib_arpo.tools.search_apis import APIS, Locale
+from rllib_arpo.tools.search_apis import (
+    ApiRequest,
+    Bing,
+    Brave,
+    RetrievalServer,
+    SearchApi,
+    SearXNG,
+    Serper,
+)
 
-MAX_RESPONSE_BYTES = 4 << 20
-# A service that asks for more is asked again all the same, and refuses again.
-MAX_PAUSE_S = 60.0
+APIS: dict[str, type[Any]] = {
+    api.name: api for api in (Serper, Brave, Bing, SearXNG, RetrievalServer)
+}
+# Changes when the same answer is read differently.
+READING = 1
+USER_AGENT = "rllib_arpo"
+MAX_PAUSE_S = 30.0  # that a service may ask for; a tool call has a deadline
+MAX_REASON_CHARS = 200
+REFUSED_KEY = (401, 402, 403)
+WRONG_ADDRESS = (301, 302, 303, 307, 308, 404, 405, 410)
 
 logger = logging.getLogger(__name__)
+# (service, status) of refusals that are in the log already.
+_logged: set[tuple[str, int]] = set()
 
 
-def search_backend(name: str, **settings: Any) -> "HTTPSearch":
-    """A backend by its name; `settings` are those of `HTTPSearch`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpLimits:
+    """How a service is used.
 
-    Raises:
-        ConfigError: there is no such backend or setting, or its key is missing.
+    Attributes:
+        timeout_s: seconds for a request, not counting the wait for its turn.
+        max_per_s: requests a second of this process, evenly spaced; None: no limit.
+        max_concurrent: requests at once, of one backend and event loop.
+        max_bytes: of an answer, unpacked.
     """
-    try:
-        return HTTPSearch(name, **settings)
-    except TypeError as error:
-        raise ConfigError(f"settings of search backend {name!r}: {error}") from error
+
+    timeout_s: float = 15.0
+    max_per_s: float | None = None
+    max_concurrent: int = 16
+    max_bytes: int = 4_000_000
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"`{limit.name}` ({value}) must be above 0")
 
 
-class HTTPSearch:
-    """A `SearchBackend` that asks a service; picklable, without its key.
+def search_backend(
+    name: str, *, require_key: bool = True, **settings: Any
+) -> "HttpSearch":
+    """A backend by the name of its service.
 
     Args:
-        name: one of `APIS`.
-        endpoint: address of the service, in place of its usual one.
-        country: two letters, for services that know countries.
-        language: two letters.
-        key_from: environment variable with the key, in place of the usual one.
-        timeout_s: seconds for one request.
-        max_concurrent: requests at once, of one event loop.
-        max_per_s: requests a second, of one event loop; None for no limit.
-        trust_env: whether proxies of the environment are used.
+        name: "serper", "brave", "bing", "searxng" or "retrieval".
+        require_key: see `HttpSearch`.
+        settings: of the service, see `search_apis.py`, and of `HttpLimits`.
 
     Raises:
-        ConfigError: there is no such service, a value cannot work, or the variable
-            with the key is not set.
+        ConfigError: there is no such service or setting, one is missing, or the key.
+    """
+    if name not in APIS:
+        raise ConfigError(f"there is no search backend {name!r}; one of {list(APIS)}")
+    api = APIS[name]
+    of_api = {setting.name: setting.default for setting in fields(api)}
+    of_limits = {limit.name for limit in fields(HttpLimits)}
+    unknown = settings.keys() - of_api.keys() - of_limits
+    if unknown:
+        raise ConfigError(
+            f"the search backend {name!r} has no setting {sorted(unknown)}; it has "
+            f"{[*of_api, *sorted(of_limits)]}"
+        )
+    for setting, default in of_api.items():
+        if default is MISSING and setting not in settings:
+            raise ConfigError(f"the search backend {name!r} needs `{setting}`")
+    return HttpSearch(
+        api(**{key: settings[key] for key in settings.keys() & of_api.keys()}),
+        HttpLimits(**{key: settings[key] for key in settings.keys() & of_limits}),
+        require_key=require_key,
+    )
+
+
+class HttpSearch:
+    """A search service as a `SearchBackend`; picklable.
+
+    Each event loop has connections of its own, which close with it: `asyncio.run`
+    does that, and who runs a loop by hand calls `loop.shutdown_asyncgens()`.
+
+    Args:
+        api: the service and its settings.
+        limits: on its use.
+        require_key: whether a missing key is an error here already. A run that is
+            replayed from a cache needs none.
+
+    Raises:
+        ConfigError: the endpoint cannot be asked, or there is no key.
     """
 
     def __init__(
         self,
-        name: str,
+        api: SearchApi,
+        limits: HttpLimits = HttpLimits(),
         *,
-        endpoint: str | None = None,
-        country: str | None = None,
-        language: str | None = None,
-        key_from: str | None = None,
-        timeout_s: float = 10.0,
-        max_concurrent: int = 16,
-        max_per_s: float | None = None,
-        trust_env: bool = False,
+        require_key: bool = True,
     ) -> None:
-        if name not in APIS:
-            raise ConfigError(f"`search` ({name!r}) must be one of {list(APIS)}")
-        self.name = name
-        self.endpoint = endpoint or APIS[name].endpoint or ""
-        if urlsplit(self.endpoint).scheme not in ("http", "https"):
-            raise ConfigError(
-                f"search backend {name!r} needs `endpoint`, an address that begins "
-                f"with http:// or https:// ({self.endpoint!r})"
-            )
-        for setting, value in (
-            ("timeout_s", timeout_s),
-            ("max_concurrent", max_concurrent),
-            ("max_per_s", max_per_s),
-        ):
-            if value is not None and value <= 0:
-                raise ConfigError(f"`{setting}` ({value}) must be above 0")
-        self.locale = Locale(country=country, language=language)
-        self.key_variable = key_from or APIS[name].key_variable
-        self.timeout_s = timeout_s
-        self.max_concurrent = max_concurrent
-        self.max_per_s = max_per_s
-        self.trust_env = trust_env
-        self._connections: WeakKeyDictionary[Any, _Connection] = WeakKeyDictionary()
-        self._headers()  # a missing key is told before work starts
+        _check_endpoint(api.endpoint)
+        self.api = api
+        self.limits = limits
+        if require_key:
+            self._key()
+        self._sessions: dict[asyncio.AbstractEventLoop, _Session] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_connections": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._connections = WeakKeyDictionary()
-
-    def __repr__(self) -> str:
-        return f"HTTPSearch({self.name!r}, version={self.version!r})"
+    @property
+    def name(self) -> str:
+        return self.api.name
 
     @property
     def version(self) -> str:
-        """Of whatever changes the results: where is asked, and for which place."""
-        address = urlsplit(self.endpoint)
-        return json.dumps(
-            [
-                f"{address.hostname}:{address.port}{address.path}",
-                self.locale.country,
-                self.locale.language,
-            ]
-        )
+        api: Any = self.api
+        settings = [
+            f"{setting.name}={getattr(api, setting.name)}"
+            for setting in fields(api)
+            if setting.name != "key_variable"
+        ]
+        return " ".join([str(READING), *settings])
 
-    async def search(self, query: str, top_k: int) -> list[Document]:
-        """The service's first documents.
-
-        Raises:
-            ToolError: the service failed (retryable), or refused the query.
-        """
-        api = APIS[self.name]
-        request = api.request(query, top_k, self.locale)
-        answer = await self._connection().send(
-            request.method,
-            self.endpoint,
-            params=dict(request.params),
-            json=request.body,
-            headers=self._headers(),
-        )
+    async def search(self, query: str, top_k: int) -> Sequence[Document]:
+        key = self._key()
+        request = self.api.request(query, top_k, key)
+        session = await self._session()
+        pace = pace_of(self.api.endpoint, self.limits.max_per_s)
         try:
-            return list(api.documents(answer))[:top_k]
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise self._outage("its answer has another shape") from error
+            async with session.slots:
+                await pace.turn()
+                async with asyncio.timeout(self.limits.timeout_s):
+                    response, body = await self._send(session.client, request)
+        except (TimeoutError, httpx2.TimeoutException) as error:
+            raise ToolError(
+                "the search service took too long to answer", retryable=True
+            ) from error
+        except httpx2.RequestError as error:
+            raise ToolError(
+                f"the search service cannot be reached ({type(error).__name__})",
+                retryable=True,
+            ) from error
+        self._check(response, body.decode(errors="replace"), key, pace)
+        found = self.api.documents(_decoded(body))
+        return [hit for hit in found if hit.text or hit.title][:top_k]
 
-    def _headers(self) -> dict[str, str]:
-        header = APIS[self.name].key_header
-        if header is None or self.key_variable is None:
-            return {}
-        key = os.environ.get(self.key_variable, "")
+    async def aclose(self) -> None:
+        """Close the connections of this event loop; the next search opens others."""
+        session = self._sessions.get(asyncio.get_running_loop())
+        if session is not None:
+            await session.lifetime.aclose()
+
+    def __repr__(self) -> str:
+        return f"HttpSearch({self.api!r}, {self.limits!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"api": self.api, "limits": self.limits}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _sessions={})
+
+    def _key(self) -> str:
+        variable = self.api.key_variable
+        if not variable:
+            return ""
+        key = os.environ.get(variable, "").strip()
         if not key:
             raise ConfigError(
-                f"search backend {self.name!r} needs a key: set the environment "
-                f"variable {self.key_variable}, on every machine that samples"
+                f"the search backend {self.name!r} needs a key: set the environment "
+                f"variable {variable} on every node"
             )
-        return {header: key}
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError(
+                f"the environment variable {variable} holds characters that no key has"
+            )
+        return key
 
-    def _connection(self) -> "_Connection":
+    async def _session(self) -> "_Session":
         loop = asyncio.get_running_loop()
-        connection = self._connections.get(loop)
-        if connection is None or connection.pid != os.getpid():
-            connection = self._connections[loop] = _Connection(self)
-        return connection
-
-    def _outage(self, reason: str) -> ToolError:
-        return ToolError(f"the search service failed: {reason}", retryable=True)
-
-
-class _Connection:
-    """The client of one event loop, and when it may ask again."""
-
-    def __init__(self, backend: HTTPSearch) -> None:
-        self.pid = os.getpid()
-        self._backend = backend
-        self._slots = asyncio.Semaphore(backend.max_concurrent)
-        self._interval_s = 1 / backend.max_per_s if backend.max_per_s else 0.0
-        self._next_at = 0.0
-
-    async def send(self, method: str, url: str, **request: Any) -> Any:
-        """The parsed answer.
-
-        Raises:
-            ToolError: as `HTTPSearch.search`.
-        """
-        async with self._slots:
-            await self._turn()
-            try:
-                async with (
-                    asyncio.timeout(self._backend.timeout_s),
-                    httpx2.AsyncClient(
-                        timeout=None,
-                        trust_env=self._backend.trust_env,
-                        verify=_certificates(),
-                    ) as client,
-                    client.stream(method, url, **request) as response,
-                ):
-                    self._check(response)
-                    content = await _body(response)
-            except TimeoutError as error:
-                raise self._backend._outage("it took too long") from error
-            except httpx2.HTTPError as error:
-                raise self._backend._outage("it cannot be reached") from error
-            except _TooLargeError as error:
-                raise self._backend._outage("its answer is too large") from error
-        try:
-            return json.loads(content)
-        except ValueError as error:
-            raise self._backend._outage("its answer is no JSON") from error
-
-    async def _turn(self) -> None:
-        """Wait until this request may go; the next one may a moment later."""
-        at = max(time.monotonic(), self._next_at)
-        self._next_at = at + self._interval_s
-        await asyncio.sleep(at - time.monotonic())
-
-    def _check(self, response: httpx2.Response) -> None:
-        status = response.status_code
-        if status == 429:
-            pause_s = _seconds(response.headers.get("Retry-After"))
-            self._next_at = max(self._next_at, time.monotonic() + pause_s)
-            raise self._backend._outage("it is busy")
-        if status in (401, 403):
-            _log_once(
-                "the search service %r refuses the key (%d): check the environment "
-                "variable %s",
-                self._backend.name,
-                status,
-                self._backend.key_variable,
+        if loop not in self._sessions:
+            lifetime = self._live(loop)
+            self._sessions[loop] = _Session(
+                client=await anext(lifetime),
+                slots=asyncio.Semaphore(self.limits.max_concurrent),
+                lifetime=lifetime,
             )
-            raise self._backend._outage("it cannot be used")
-        if status >= 500 or 300 <= status < 400:
-            raise self._backend._outage(f"status {status}")
-        if status >= 400:
-            raise ToolError(f"the search service refuses the query (status {status})")
+        return self._sessions[loop]
+
+    async def _live(
+        self, loop: asyncio.AbstractEventLoop
+    ) -> AsyncGenerator[httpx2.AsyncClient, None]:
+        """A client that a loop closes when it shuts its generators down."""
+        client = httpx2.AsyncClient(
+            verify=_tls_context(),
+            timeout=self.limits.timeout_s,
+            headers={"User-Agent": USER_AGENT, "Accept": "application/json"},
+            limits=httpx2.Limits(max_connections=self.limits.max_concurrent),
+        )
+        try:
+            yield client
+        finally:
+            self._sessions.pop(loop, None)
+            await client.aclose()
+
+    async def _send(
+        self, client: httpx2.AsyncClient, request: ApiRequest
+    ) -> tuple[httpx2.Response, bytes]:
+        body = bytearray()
+        async with client.stream(
+            request.method,
+            self.api.endpoint,
+            params=request.params,
+            json=request.content if request.method == "POST" else None,
+            headers=request.headers,
+        ) as response:
+            async for piece in response.aiter_bytes():
+                body += piece
+                if len(body) > self.limits.max_bytes:
+                    raise ToolError(
+                        "the search service's answer is too large", retryable=True
+                    )
+        return response, bytes(body)
+
+    def _check(
+        self, response: httpx2.Response, text: str, key: str, pace: "Pace"
+    ) -> None:
+        """Raise what a refusal means."""
+        status = response.status_code
+        if response.is_success:
+            return
+        if status in (408, 429) or status >= 500:
+            pace.pause(_retry_after_s(response.headers.get("Retry-After", "")))
+            busy = "is asked too often" if status == 429 else "is in trouble"
+            raise ToolError(
+                f"the search service {busy} (HTTP {status})", retryable=True
+            )
+        if status in REFUSED_KEY or any(sign in text for sign in self.api.key_problems):
+            raise ConfigError(
+                f"{self.name} at {self.api.endpoint} refuses to answer (HTTP {status})"
+                f": {self.api.refusal}; the key comes from the environment variable "
+                f"that `key_variable` names ({self.api.key_variable or 'none'})"
+            )
+        if status in WRONG_ADDRESS:
+            raise ConfigError(
+                f"{self.name}: nothing answers at `endpoint` {self.api.endpoint} "
+                f"(HTTP {status})"
+            )
+        if (self.name, status) not in _logged:
+            _logged.add((self.name, status))
+            reason = " ".join(text.split())
+            reason = reason.replace(key, "***") if key else reason
+            logger.warning(
+                "%s refused a query (HTTP %d, logged once): %s",
+                self.name,
+                status,
+                reason[:MAX_REASON_CHARS],
+            )
+        raise ToolError(f"the search service refused the query (HTTP {status})")
 
 
-@lru_cache(maxsize=1)
-def _certificates() -> ssl.SSLContext:
-    """Read once: that takes longer than a request."""
-    return httpx2.create_ssl_context()
+@dataclass(frozen=True, slots=True)
+class _Session:
+    """What belongs to one event loop."""
+
+    client: httpx2.AsyncClient
+    slots: asyncio.Semaphore
+    lifetime: AsyncGenerator[httpx2.AsyncClient, None]
 
 
-class _TooLargeError(Exception):
-    """The body is larger than `MAX_RESPONSE_BYTES`."""
-
-
-async def _body(response: httpx2.Response) -> bytes:
-    content = bytearray()
-    async for chunk in response.aiter_bytes():
-        content += chunk
-        if len(content) > MAX_RESPONSE_BYTES:
-            raise _TooLargeError
-    return bytes(content)
-
-
-def _seconds(retry_after: str | None) -> float:
-    """Of a Retry-After header; a date, which no search service sends, is a second."""
+def _check_endpoint(endpoint: str) -> None:
     try:
-        return min(max(float(retry_after or 1), 0.0), MAX_PAUSE_S)
-    except ValueError:
-        return 1.0
+        url = httpx2.URL(endpoint)
+        fits = url.scheme in ("http", "https") and bool(url.host)
+    except httpx2.InvalidURL:
+        fits = False
+        url = httpx2.URL("")
+    # Not quoted: it may hold a password.
+    if not fits or url.userinfo or url.query or url.fragment:
+        raise ConfigError(
+            "`endpoint` must be an address like https://host/path, without a user, a "
+            "password or parameters: keys come from environment variables"
+        )
 
 
-_logged: set[Sequence[object]] = set()
+def _retry_after_s(value: str) -> float:
+    """Seconds that a service wants to be left alone, within limits."""
+    seconds = 0.0
+    if value.isascii() and value.isdigit():
+        seconds = float(value)
+    elif value:
+        with suppress(ValueError):
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+    return min(max(seconds, 0.0), MAX_PAUSE_S)
 
 
-def _log_once(message: str, *values: object) -> None:
-    if values not in _logged:
-        _logged.add(values)
-        logger.warning(message, *values)
+def _decoded(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ToolError(
+            "the search service's answer cannot be read", retryable=True
+        ) from error
+
+
+@cache
+def _tls_context() -> ssl.SSLContext:
+    """Made once: reading the authorities takes longer than many a request."""
+    return httpx2.create_ssl_context()

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rllib_arpo.data.datasets import TaskCursor, load_tasks
+from rllib_arpo.data.cursor import TaskCursor
+from rllib_arpo.data.datasets import load_tasks
 from rllib_arpo.errors import DataError
 from rllib_arpo.tree import Message, Task
 

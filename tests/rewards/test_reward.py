@@ -1,8 +1,10 @@
 import functools
+import threading
 
 import pytest
 
-from rllib_arpo.errors import RewardError
+from rllib_arpo.envs.tool_use_env import ToolUseEnv
+from rllib_arpo.errors import RewardError, ToolError
 from rllib_arpo.rewards.reward import (
     PaperReward,
     overlong_penalty,
@@ -10,6 +12,8 @@ from rllib_arpo.rewards.reward import (
     score,
 )
 from rllib_arpo.tree import Message, Task, ToolCall, Trajectory, Turn
+from tests.envs.fake_tools import FakeTool
+from tests.tokenizers import qwen_like
 
 
 def trajectory(
@@ -140,3 +144,101 @@ def test_a_function_that_raises_is_named():
 
     with pytest.raises(RewardError, match=r"my_reward.*KeyError.*'t7'"):
         score(my_reward, trajectory())
+
+
+def test_the_tolerance_of_numbers_can_be_chosen():
+    near = trajectory("3.14", gold="3.14159", ability="numeric")
+    assert score(paper_reward, near)[0] == 0.0
+    assert score(PaperReward(numeric_rel_tol=1e-3), near)[0] == 1.0
+    assert score(PaperReward(numeric_abs_tol=0.01), near)[0] == 1.0
+
+
+def test_an_ability_without_a_check_is_an_error():
+    with pytest.raises(RewardError, match="'code' has no answer check"):
+        score(paper_reward, trajectory(ability="code"))
+
+
+# Through the environment
+
+QWEN = qwen_like()
+SEARCH = "<think>t</think><search> height of vifel </search>"
+PYTHON = "<think>t</think><python> print(44) </python>"
+RIGHT = r"<think>t</think><answer>\boxed{44}</answer>"
+TAGS = (
+    "<think><answer>\\boxed{45}</answer></think><search></search></search>"
+    "<python></python><result></result>"
+)
+
+
+def finish(*turns, search="vifel 44", python="44", ability="qa", **config):
+    """The last step's reward and info, after these turns."""
+    tools = [FakeTool(search, name="search"), FakeTool(python, name="python")]
+    env = ToolUseEnv({"tokenizer": QWEN, "tools": tools, "tool_retries": 0} | config)
+    env.reset(options={"task": trajectory(ability=ability).task})
+    for turn in turns:
+        _, reward, *_, info = env.step(env.dialogue.model_ids(turn))
+    return reward, info
+
+
+@pytest.mark.parametrize(
+    ("turns", "results", "expected"),
+    [
+        ((SEARCH, PYTHON, RIGHT), {}, 1.1),
+        ((SEARCH, RIGHT), {}, 1.0),
+        # a page or a print full of tags breaks no format and calls no tool
+        ((SEARCH, RIGHT), {"search": TAGS}, 1.0),
+        ((PYTHON, RIGHT), {"python": TAGS}, 1.0),
+        ((SEARCH, PYTHON, RIGHT), {"search": TAGS, "python": TAGS}, 1.1),
+        ((PYTHON, RIGHT), {"python": "</search>"}, 1.0),
+        # the model's own words about a tool call none
+        (("<think>no need to search or use python</think>" + RIGHT[16:],), {}, 1.0),
+        # a tool that failed was not used
+        ((SEARCH, PYTHON, RIGHT), {"python": ToolError("syntax")}, 1.0),
+        ((SEARCH, PYTHON, RIGHT), {"search": ToolError("x", retryable=True)}, 1.0),
+        ((SEARCH, PYTHON, RIGHT), {"max_tool_calls": 1}, 1.0),
+        # tags of the model's own count
+        ((SEARCH, "<think>t</think><think>t" + RIGHT), {}, -1.0),
+        ((SEARCH, RIGHT.replace("44", "45")), {"search": TAGS}, 0.0),
+    ],
+)
+def test_only_the_model_s_own_turns_and_calls_count(turns, results, expected):
+    reward, _ = finish(*turns, **results)
+    assert reward == pytest.approx(expected)
+
+
+def parts_by_path(trajectory: Trajectory) -> dict[str, float]:
+    """A user's reward function, named by path in a test."""
+    return {"turns": float(len(trajectory.turns)), "malus": -0.5}
+
+
+def test_a_user_s_function_is_named_by_its_import_path():
+    name = f"{__name__}:{parts_by_path.__name__}"
+    reward, info = finish(SEARCH, RIGHT, reward_fn=name)
+    assert reward == 1.5
+    assert info["reward_parts"] == {"turns": 2.0, "malus": -0.5}
+
+
+class WhereItRuns:
+    """1 in the thread of the caller, 0 in another one."""
+
+    def __init__(self, **attributes: bool) -> None:
+        vars(self).update(attributes)
+
+    def __call__(self, _: Trajectory) -> float:
+        return float(threading.current_thread() is threading.main_thread())
+
+
+@pytest.mark.parametrize(
+    ("reward_fn", "ability", "config", "in_main"),
+    [
+        (WhereItRuns(), "qa", {}, 1.0),
+        (WhereItRuns(), "math", {}, 0.0),
+        (WhereItRuns(in_thread=True), "qa", {}, 0.0),
+        (WhereItRuns(in_thread=False), "math", {}, 1.0),
+        (WhereItRuns(in_thread=True), "qa", {"reward_in_thread": False}, 1.0),
+        (WhereItRuns(), "qa", {"reward_in_thread": True}, 0.0),
+    ],
+)
+def test_a_function_that_waits_runs_in_a_thread(reward_fn, ability, config, in_main):
+    reward, _ = finish(RIGHT, reward_fn=reward_fn, ability=ability, **config)
+    assert reward == in_main

@@ -1,92 +1,96 @@
 import asyncio
-import json
 import pickle
+from collections.abc import Sequence
 
 import pytest
 
-from rllib_arpo.errors import DataError, ToolError
-from rllib_arpo.tools import search as search_module
-from rllib_arpo.tools.search import DocumentIndex, SearchTool
+from rllib_arpo.errors import ToolError
+from rllib_arpo.tools.search import MAX_QUERY_CHARS, Document, SearchBackend, SearchTool
 from rllib_arpo.tools.tool import Tool
 
-TEXTS = ["depth vifel 44", "height vifel 57", "depth zepen 12", "height zepen 31"]
+
+class Shelf:
+    """A backend that finds the same documents for every query."""
+
+    name = "shelf"
+    version = "1"
+
+    def __init__(self, *documents: Document) -> None:
+        self.documents = documents
+
+    async def search(self, query: str, top_k: int) -> Sequence[Document]:
+        if query == "outage":
+            raise ToolError("the shelf is closed", retryable=True)
+        return self.documents[:top_k]
 
 
-def ask(tool: SearchTool, query: str) -> str:
+def ask(tool: SearchTool, query: str = "tea") -> str:
     return asyncio.run(tool.call(query))
 
 
-def test_the_best_documents_come_first_and_are_numbered():
-    tool = SearchTool(DocumentIndex.from_texts(TEXTS), top_k=2)
-    assert ask(tool, "Depth of VIFEL?").splitlines()[0] == "1. depth vifel 44"
-    assert len(ask(tool, "Depth of VIFEL?").splitlines()) == 2
-    assert isinstance(tool, Tool)
+def test_hits_are_numbered_and_a_hit_with_a_url_shows_it_on_a_line_of_its_own():
+    shelf = Shelf(
+        Document("green", "Tea"),
+        Document("of clay"),
+        Document("black", "Pu'er (tea)", "https://example.org/Pu'er_(tea)"),
+        Document("white", url="https://example.org/white"),
+        Document("", "No snippet", "https://example.org/none"),
+    )
+    assert ask(SearchTool(shelf, top_k=5)).splitlines() == [
+        "1. Tea: green",
+        "2. of clay",
+        "3. Pu'er (tea)",
+        "https://example.org/Pu'er_(tea)",
+        "black",
+        "4. https://example.org/white",
+        "white",
+        "5. No snippet",
+        "https://example.org/none",
+    ]
+    assert isinstance(shelf, SearchBackend)
+    assert isinstance(SearchTool(shelf), Tool)
 
 
-def test_only_documents_that_share_a_word_are_hits():
-    assert ask(SearchTool(DocumentIndex.from_texts(TEXTS)), "44") == "1. depth vifel 44"
+def test_no_hit_says_so():
+    assert ask(SearchTool(Shelf())) == "No results."
 
 
-def test_no_hit_says_so_and_an_empty_query_is_an_error():
-    tool = SearchTool(DocumentIndex.from_texts(TEXTS))
-    assert ask(tool, "unheard of") == "No results."
+def test_an_empty_or_endless_query_is_refused():
+    tool = SearchTool(Shelf(Document("a")))
+    assert ask(tool, "x" * MAX_QUERY_CHARS) == "1. a"
+    with pytest.raises(ToolError, match="513 characters, at most 512"):
+        ask(tool, "x" * (MAX_QUERY_CHARS + 1))
     with pytest.raises(ToolError, match="empty"):
-        ask(tool, "  ")
+        ask(tool, " \n")
 
 
-def test_equal_scores_keep_the_order_of_the_documents():
-    index = DocumentIndex.from_texts([*["tea pot"] * 99, "tea tea"])
-    assert [hit.text for hit in index.search("tea", 2)] == ["tea tea", "tea pot"]
-    assert index.search("tea", 3)[1] is index.documents[0]
-    assert index.search("tea", 3)[2] is index.documents[1]
+def test_an_outage_is_an_error_and_not_an_empty_result():
+    with pytest.raises(ToolError, match="closed") as caught:
+        ask(SearchTool(Shelf()), "outage")
+    assert caught.value.retryable
 
 
-def test_a_fork_shares_the_index_and_an_index_survives_pickle():
-    tool = SearchTool(DocumentIndex.from_texts(TEXTS))
-    assert tool.fork().index is tool.index
-    assert ask(pickle.loads(pickle.dumps(tool)), "44") == "1. depth vifel 44"
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("one two", "one two"),  # 7 characters
+        ("one two three", "one two ..."),  # the cut falls between words
+        ("one twofold", "one ..."),  # within a word: the word goes
+        ("incomprehensible", "incompr ..."),  # of one word some is kept
+    ],
+)
+def test_a_long_hit_is_cut_at_a_word_and_says_so(text, shown):
+    tool = SearchTool(Shelf(Document(text, "T")), max_hit_chars=7)
+    assert ask(tool) == f"1. T: {shown}"
 
 
-def test_a_large_index_answers_the_same_from_a_thread(monkeypatch):
-    tool = SearchTool(DocumentIndex.from_texts(TEXTS))
-    here = ask(tool, "zepen")
-    monkeypatch.setattr(search_module, "LARGE_INDEX", 1)
-    assert ask(tool, "zepen") == here
+def test_a_fork_is_the_tool_itself_and_a_tool_survives_pickle():
+    tool = SearchTool(Shelf(Document("a"), Document("b")), top_k=1)
+    assert tool.fork() is tool
+    assert ask(pickle.loads(pickle.dumps(tool))) == "1. a"
 
 
-def test_a_folder_is_read_with_titles_and_cut_into_passages(tmp_path):
-    (tmp_path / "Old_tea.txt").write_text("green leaf\n\n" + "word " * 300)
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "b.md").write_text("black leaf")
-    rows = [{"title": "Cups", "text": "of clay"}, {"contents": "of glass"}]
-    lines = "\n".join(json.dumps(row) for row in rows)
-    (tmp_path / "c.jsonl").write_text(lines + "\n\n")
-    index = DocumentIndex.from_folder(tmp_path)
-    texts = [str(document) for document in index.documents]
-    assert texts[0].startswith("Old tea: green leaf")
-    # 2 + 300 words in pieces of at most 120: 2 + 120 is too many for one passage,
-    # so 2, 120, 120, 60
-    assert len([text for text in texts if text.startswith("Old tea")]) == 4
-    assert texts[4:] == ["Cups: of clay", "of glass", "b: black leaf"]
-    assert ask(SearchTool(index), "old green").startswith("1. Old tea: green leaf")
-
-
-@pytest.mark.parametrize("line", ["{", '{"title": "x"}', "[1]", '"text"'])
-def test_a_bad_line_is_refused_with_its_place(tmp_path, line):
-    (tmp_path / "c.jsonl").write_text('{"text": "a"}\n' + line)
-    with pytest.raises(DataError, match=r"c\.jsonl, line 2"):
-        DocumentIndex.from_folder(tmp_path)
-
-
-def test_a_missing_or_empty_folder_is_refused(tmp_path):
-    with pytest.raises(DataError, match="holds no"):
-        DocumentIndex.from_folder(tmp_path)
-    with pytest.raises(DataError, match="not a folder"):
-        DocumentIndex.from_folder(tmp_path / "none")
-    with pytest.raises(DataError, match="at least one"):
-        DocumentIndex.from_texts(["", "?!"])
-
-
-def test_top_k_must_be_positive():
-    with pytest.raises(ValueError, match="top_k"):
-        SearchTool(DocumentIndex.from_texts(TEXTS), top_k=0)
+@pytest.mark.parametrize("setting", ["top_k", "max_hit_chars"])
+def test_limits_must_be_positive(setting):
+    with pytest.raises(ValueError, match=setting):
+        SearchTool(Shelf(), **{setting: 0})

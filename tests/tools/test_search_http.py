@@ -1,428 +1,537 @@
-"""Search services, each played by a local server that speaks its wire format."""
-
 import asyncio
-import json
+import gc
+import logging
 import pickle
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple
-from urllib.parse import parse_qs, urlsplit
+import time
+import warnings
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import Any
 
 import pytest
 
 from rllib_arpo.errors import ConfigError, ToolError
-from rllib_arpo.tools import search_http
+from rllib_arpo.tools.cache import CachedSearch, ToolCache
+from rllib_arpo.tools.pace import Pace, pace_of
 from rllib_arpo.tools.search import Document, SearchBackend, SearchTool
-from rllib_arpo.tools.search_http import HTTPSearch, search_backend
+from rllib_arpo.tools.search_http import APIS, HttpSearch, search_backend
+from tests.http_server import HttpServer, Reply, Request
 
 KEY = "s3cret-key"
-ANSWERS: dict[str, Any] = {
-    "serper": {
-        "organic": [
-            {
-                "title": "Vifel &amp; co",
-                "link": "http://a.test/1",
-                "snippet": "44 high",
-            },
-            {"title": "Zepen", "link": "http://a.test/2", "snippet": "57 high"},
-            {"title": "Fozul", "link": "http://a.test/3"},
-        ]
+KEYS = {"serper": "SERPER_API_KEY", "brave": "BRAVE_API_KEY", "bing": "BING_API_KEY"}
+
+SERPER = {
+    "searchParameters": {"q": "q"},
+    "answerBox": {"title": "Height", "answer": "330 m", "link": "https://a.org"},
+    "knowledgeGraph": {
+        "title": "Eiffel Tower",
+        "type": "Tower",
+        "description": "A tower in Paris.",
+        "descriptionLink": "https://k.org",
     },
-    "brave": {
-        "web": {
-            "results": [
-                {
-                    "title": "Vifel &amp; co",
-                    "url": "http://a.test/1",
-                    "description": "<strong>44</strong> high",
-                },
-                {"title": "Zepen", "url": "http://a.test/2", "description": "57 high"},
-            ]
-        }
-    },
-    "bing": {
-        "webPages": {
-            "value": [
-                {"name": "Vifel & co", "url": "http://a.test/1", "snippet": "44 high"},
-                {"name": "Zepen", "url": "http://a.test/2", "snippet": "57 high"},
-            ]
-        }
-    },
-    "searxng": {
+    "organic": [
+        {"title": "One", "link": "https://1.org", "snippet": "first", "position": 1},
+        {"title": "Two", "link": "https://2.org", "position": 2},
+    ],
+}
+BRAVE = {
+    "type": "search",
+    "web": {
         "results": [
-            {"title": "Vifel & co", "url": "http://a.test/1", "content": "44 high"},
-            {"title": "Zepen", "url": "http://a.test/2", "content": "57 high"},
-        ]
-    },
-    "retrieval": {
-        "result": [
-            [
-                {"document": {"contents": '"Vifel & co"\n44 high'}, "score": 2.5},
-                {"document": {"contents": '"Zepen"\n57 high'}, "score": 1.0},
-            ]
+            {"title": "A &amp; B", "url": "https://1.org", "description": "it&#x27;s"},
+            {"title": "Two", "url": "https://2.org", "description": "second"},
         ]
     },
 }
-NOTHING: dict[str, Any] = {
-    "serper": {"organic": []},
-    "brave": {"type": "search"},
+BING = {
+    "_type": "SearchResponse",
+    "webPages": {
+        "value": [
+            {"name": "One", "url": "https://1.org", "snippet": "first"},
+            {"name": "Two", "url": "https://2.org", "snippet": "second"},
+        ]
+    },
+}
+SEARXNG = {
+    "query": "q",
+    "results": [
+        {"title": "One", "url": "https://1.org", "content": "first", "engine": "x"},
+        {"title": "Two", "url": "https://2.org", "content": None, "engine": "y"},
+    ],
+    "unresponsive_engines": [["z", "timeout"]],
+}
+RETRIEVAL = {
+    "result": [
+        [
+            {"document": {"id": "1", "contents": '"One"\nfirst\nline'}, "score": 0.9},
+            {"document": {"id": "2", "contents": "no title"}, "score": 0.5},
+        ]
+    ]
+}
+ANSWERS = {
+    "serper": SERPER,
+    "brave": BRAVE,
+    "bing": BING,
+    "searxng": SEARXNG,
+    "retrieval": RETRIEVAL,
+}
+NOTHING = {
+    "serper": {"searchParameters": {"q": "q"}, "organic": []},
+    "brave": {"type": "search", "query": {"original": "q"}},
     "bing": {"_type": "SearchResponse"},
-    "searxng": {"results": []},
+    "searxng": {"query": "q", "results": [], "unresponsive_engines": []},
     "retrieval": {"result": [[]]},
 }
-KEY_HEADERS = {
-    "serper": "X-API-KEY",
-    "brave": "X-Subscription-Token",
-    "bing": "Ocp-Apim-Subscription-Key",
-}
-
-
-class Asked(NamedTuple):
-    method: str
-    path: str
-    params: dict[str, list[str]]
-    headers: dict[str, str]
-    body: Any
-
-
-class Reply(NamedTuple):
-    status: int = 200
-    body: bytes = b"{}"
-    headers: tuple[tuple[str, str], ...] = ()
-
-
-class Server(ThreadingHTTPServer):
-    """Answers with `reply`, and keeps what it was asked."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked: list[Asked] = []
-        self.reply: Callable[[Asked], Reply] = lambda asked: Reply()
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away is part of these tests."""
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/find"
-
-    def answers(self, value: Any) -> None:
-        body = json.dumps(value).encode()
-        self.reply = lambda asked: Reply(body=body)
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Server
-
-    def do_GET(self) -> None:
-        address = urlsplit(self.path)
-        length = int(self.headers.get("Content-Length") or 0)
-        asked = Asked(
-            self.command,
-            address.path,
-            parse_qs(address.query),
-            dict(self.headers),
-            json.loads(self.rfile.read(length)) if length else None,
-        )
-        self.server.asked.append(asked)
-        reply = self.server.reply(asked)
-        self.send_response(reply.status)
-        self.send_header("Content-Length", str(len(reply.body)))
-        for header in reply.headers:
-            self.send_header(*header)
-        self.end_headers()
-        self.wfile.write(reply.body)
-
-    do_POST = do_GET
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@contextmanager
-def serving() -> Iterator[Server]:
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with serving() as server:
-        yield server
+every_service = pytest.mark.parametrize("name", list(ANSWERS))
 
 
 @pytest.fixture(autouse=True)
-def keys(monkeypatch) -> None:
-    for name in ("SERPER_API_KEY", "BRAVE_API_KEY", "BING_API_KEY"):
-        monkeypatch.setenv(name, KEY)
-    search_http._logged.clear()
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in KEYS.values():
+        monkeypatch.setenv(variable, KEY)
+    for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(variable, raising=False)
 
 
-def ask(backend: HTTPSearch, query: str = "height of vifel", top_k: int = 2) -> Any:
-    return asyncio.run(backend.search(query, top_k))
+def answering(answer: Any, **reply: Any) -> HttpServer:
+    return HttpServer(lambda request: Reply(json=answer, **reply))
 
 
-def failing(backend: HTTPSearch) -> ToolError:
-    with pytest.raises(ToolError) as caught:
-        ask(backend)
-    assert KEY not in str(caught.value)
-    return caught.value
+def backend(name: str, server: HttpServer, **settings: Any) -> HttpSearch:
+    return search_backend(name, endpoint=server.url("/search"), **settings)
 
 
-@pytest.mark.parametrize("name", ANSWERS)
-def test_a_service_gives_documents(name, server):
-    server.answers(ANSWERS[name])
-    backend = search_backend(name, endpoint=server.url)
-    assert isinstance(backend, SearchBackend)
-    url = ("", "") if name == "retrieval" else ("http://a.test/1", "http://a.test/2")
-    assert ask(backend) == [
-        Document("44 high", "Vifel & co", url[0]),
-        Document("57 high", "Zepen", url[1]),
-    ]
+def found(search: SearchBackend, query: str = "q", top_k: int = 5) -> list[Document]:
+    return list(asyncio.run(search.search(query, top_k)))
 
 
-@pytest.mark.parametrize("name", ANSWERS)
-def test_finding_nothing_is_no_failure(name, server):
-    server.answers(NOTHING[name])
-    backend = search_backend(name, endpoint=server.url)
-    assert ask(backend) == []
-    tool = SearchTool(backend)
-    assert asyncio.run(tool.call("vifel")) == "No results."
+def failure(search: SearchBackend, query: str = "q") -> ToolError:
+    with pytest.raises(ToolError) as raised:
+        found(search, query)
+    return raised.value
+
+
+def asked(name: str, query: str, top_k: int, **settings: Any) -> Request:
+    """What a service is sent."""
+    with answering(ANSWERS[name]) as server:
+        found(backend(name, server, **settings), query, top_k)
+    (request,) = server.requests
+    assert request.path == "/search"
+    return request
+
+
+def test_serper_is_asked_in_its_format():
+    request = asked("serper", "café?", 3, country="fr", language="fr")
+    assert request.method == "POST"
+    assert request.headers["x-api-key"] == KEY
+    assert request.headers["content-type"] == "application/json"
+    assert request.json == {"q": "café?", "num": 3, "gl": "fr", "hl": "fr"}
+
+
+def test_brave_is_asked_in_its_format():
+    request = asked("brave", "café?", 30, country="fr", language="fr")
+    assert request.method == "GET"
+    assert request.headers["x-subscription-token"] == KEY
+    assert request.headers["accept"] == "application/json"
+    assert request.params == {
+        "q": "café?",
+        "count": "20",
+        "country": "FR",
+        "search_lang": "fr",
+        "safesearch": "moderate",
+        "text_decorations": "false",
+        "result_filter": "web",
+    }
+
+
+def test_bing_is_asked_in_its_format():
+    request = asked("bing", "café?", 3, market="fr-FR", safesearch="")
+    assert request.method == "GET"
+    assert request.headers["ocp-apim-subscription-key"] == KEY
+    assert request.params == {
+        "q": "café?",
+        "count": "3",
+        "mkt": "fr-FR",
+        "responseFilter": "Webpages",
+        "textFormat": "Raw",
+    }
+
+
+def test_searxng_is_asked_in_its_format(monkeypatch):
+    monkeypatch.setenv("SEARXNG_AUTHORIZATION", "Basic dTpw")
+    request = asked(
+        "searxng",
+        "café?",
+        3,
+        language="fr",
+        engines="wikipedia",
+        key_variable="SEARXNG_AUTHORIZATION",
+    )
+    assert request.method == "GET"
+    assert request.headers["authorization"] == "Basic dTpw"
+    assert request.params == {
+        "q": "café?",
+        "format": "json",
+        "language": "fr",
+        "engines": "wikipedia",
+        "safesearch": "1",
+    }
+
+
+def test_a_retrieval_server_is_asked_in_its_format():
+    request = asked("retrieval", "café?", 3)
+    assert request.method == "POST"
+    assert "authorization" not in request.headers
+    assert request.json == {"queries": ["café?"], "topk": 3, "return_scores": True}
+
+
+DOCUMENTS = {
+    "serper": [
+        Document("330 m", "Height", "https://a.org"),
+        Document("A tower in Paris.", "Eiffel Tower", "https://k.org"),
+        Document("first", "One", "https://1.org"),
+        Document("", "Two", "https://2.org"),
+    ],
+    "brave": [
+        Document("it's", "A & B", "https://1.org"),
+        Document("second", "Two", "https://2.org"),
+    ],
+    "bing": [
+        Document("first", "One", "https://1.org"),
+        Document("second", "Two", "https://2.org"),
+    ],
+    "searxng": [
+        Document("first", "One", "https://1.org"),
+        Document("", "Two", "https://2.org"),
+    ],
+    "retrieval": [Document("first\nline", "One"), Document("no title")],
+}
+
+
+@every_service
+def test_what_a_service_found_becomes_documents(name):
+    with answering(ANSWERS[name]) as server:
+        search = backend(name, server)
+        assert found(search) == DOCUMENTS[name]
+        assert found(search, top_k=1) == DOCUMENTS[name][:1]
+    assert isinstance(search, SearchBackend)
+    assert search.name == name
+
+
+@every_service
+def test_a_query_without_results_is_no_failure(name):
+    with answering(NOTHING[name]) as server:
+        assert found(backend(name, server)) == []
+        tool = SearchTool(backend(name, server))
+        assert asyncio.run(tool.call("q")) == "No results."
+
+
+@every_service
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>Bad gateway</html>",
+        b"",
+        b"\xff\xfe",
+        b"null",
+        b"[1, 2]",
+        b"[" * 100_000,
+        b'{"organic": 1, "web": 1, "webPages": 1, "results": 1, "result": 1}',
+        b'{"organic": [1], "web": {"results": [1]}, "webPages": {"value": [1]},'
+        b' "results": [1], "result": [[1]]}',
+        b'{"organic": {"a": 1}, "web": {"results": {"a": 1}}, "results": {"a": 1},'
+        b' "webPages": {"value": {"a": 1}}, "result": [[{"document": {}}]]}',
+    ],
+)
+def test_an_answer_that_cannot_be_read_is_the_service_s_failure(name, body):
+    with answering(None, body=body) as server:
+        error = failure(backend(name, server))
+    assert error.retryable
+    assert "cannot be read" in str(error)
+
+
+@every_service
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_a_service_in_trouble_is_worth_another_try_which_the_environment_makes(
+    name, status
+):
+    with answering({"error": "trouble"}, status=status) as server:
+        error = failure(backend(name, server))
+    assert error.retryable
+    assert f"HTTP {status}" in str(error)
+    assert len(server.requests) == 1
+
+
+@every_service
+@pytest.mark.parametrize("status", [401, 402, 403])
+def test_a_refused_key_is_no_fault_of_the_query(name, status):
+    with answering({"message": "no"}, status=status) as server:
+        search = backend(name, server)
+        with pytest.raises(ConfigError, match=f"HTTP {status}") as raised:
+            found(search)
+    assert KEYS.get(name, "key_variable") in str(raised.value)
+    assert KEY not in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "method", "params", "body"),
+    ("name", "status", "answer"),
     [
-        ("serper", "POST", {}, {"q": "a b", "num": 2, "gl": "us", "hl": "en"}),
-        (
-            "brave",
-            "GET",
-            {"q": ["a b"], "count": ["2"], "country": ["us"], "search_lang": ["en"]},
-            None,
-        ),
-        ("bing", "GET", {"q": ["a b"], "count": ["2"], "mkt": ["en-US"]}, None),
-        (
-            "searxng",
-            "GET",
-            {"q": ["a b"], "format": ["json"], "language": ["en"]},
-            None,
-        ),
-        (
-            "retrieval",
-            "POST",
-            {},
-            {"queries": ["a b"], "topk": 2, "return_scores": True},
-        ),
+        ("serper", 400, {"message": "Not enough credits", "statusCode": 400}),
+        ("brave", 422, {"error": {"code": "SUBSCRIPTION_TOKEN_INVALID"}}),
     ],
 )
-def test_a_service_is_asked_in_its_own_way(name, method, params, body, server):
-    server.answers(ANSWERS[name])
-    backend = search_backend(name, endpoint=server.url, country="us", language="en")
-    ask(backend, "a b")
-    (asked,) = server.asked
-    assert (asked.method, asked.path) == (method, "/find")
-    assert (asked.params, asked.body) == (params, body)
-    if name in KEY_HEADERS:
-        assert asked.headers[KEY_HEADERS[name]] == KEY
-    else:
-        assert KEY not in str(asked.headers)
+def test_a_refused_key_is_known_by_its_text_too(name, status, answer):
+    with answering(answer, status=status) as server:
+        search = backend(name, server)
+        with pytest.raises(ConfigError, match=KEYS[name]):
+            found(search)
 
 
-def test_no_more_documents_than_were_asked_for(server):
-    server.answers(ANSWERS["serper"])
-    backend = search_backend("serper", endpoint=server.url)
-    assert [len(ask(backend, top_k=k)) for k in (1, 2, 5)] == [1, 2, 3]
+@pytest.mark.parametrize("status", [302, 404])
+def test_an_endpoint_where_nothing_answers_is_a_wrong_setting(status):
+    reply = Reply(status=status, headers={"Location": "/elsewhere"})
+    with HttpServer(lambda request: reply) as server:
+        search = backend("serper", server)
+        with pytest.raises(ConfigError, match="`endpoint`"):
+            found(search)
+    assert [request.path for request in server.requests] == ["/search"]
 
 
-@pytest.mark.parametrize(
-    ("reply", "reason"),
-    [
-        (Reply(500), "status 500"),
-        (Reply(503, b"<html>"), "status 503"),
-        (Reply(302, headers=(("Location", "http://127.0.0.1:1/"),)), "status 302"),
-        (Reply(401), "it cannot be used"),
-        (Reply(403), "it cannot be used"),
-        (Reply(429, headers=(("Retry-After", "0"),)), "it is busy"),
-        (Reply(200, b"<html>"), "its answer is no JSON"),
-        (Reply(200, b"[]"), "its answer has another shape"),
-        (Reply(200, b'{"organic": [3]}'), "its answer has another shape"),
-        (Reply(200, b'"' + b"a" * (4 << 20) + b'"'), "its answer is too large"),
-    ],
-)
-def test_what_is_the_services_fault_may_be_tried_again(reply, reason, server):
-    server.reply = lambda asked: reply
-    error = failing(search_backend("serper", endpoint=server.url))
-    assert error.retryable
-    assert reason in str(error)
-    assert len(server.asked) == 1  # the environment retries, not the backend
-
-
-def test_a_query_that_is_refused_is_the_models_fault(server):
-    server.reply = lambda asked: Reply(400)
-    error = failing(search_backend("serper", endpoint=server.url))
-    assert not error.retryable
-    assert "refuses the query" in str(error)
-
-
-def test_a_service_that_is_not_there_may_be_tried_again(server):
-    endpoint = server.url
-    server.server_close()
-    error = failing(search_backend("serper", endpoint=endpoint))
-    assert error.retryable
-    assert "cannot be reached" in str(error)
-
-
-def test_a_service_that_never_answers_is_given_up_on(server):
-    opened = threading.Event()
-
-    def reply(asked: Asked) -> Reply:
-        opened.wait()
-        return Reply()
-
-    server.reply = reply
-    error = failing(search_backend("serper", endpoint=server.url, timeout_s=0.2))
-    opened.set()
-    assert error.retryable
-    assert "took too long" in str(error)
-
-
-def test_a_refused_key_is_logged_once_with_its_variable(server, caplog):
-    server.reply = lambda asked: Reply(403)
-    backend = search_backend("serper", endpoint=server.url)
-    failing(backend)
-    failing(backend)
-    (record,) = caplog.records
-    assert "SERPER_API_KEY" in record.getMessage()
+def test_a_refused_query_is_its_own_fault_and_the_log_hides_the_key(caplog):
+    answer = {"message": f"query too odd for {KEY}"}
+    with answering(answer, status=422) as server:
+        errors = [failure(backend("serper", server)) for _ in range(2)]
+    assert not errors[0].retryable
+    assert "too odd" not in str(errors[0])
+    assert caplog.text.count("query too odd for ***") == 1
     assert KEY not in caplog.text
 
 
-def test_a_busy_service_is_left_alone_for_as_long_as_it_says(server):
-    server.reply = lambda asked: Reply(429, headers=(("Retry-After", "30"),))
-    backend = search_backend("serper", endpoint=server.url)
-
-    async def twice() -> None:
-        with pytest.raises(ToolError, match="busy"):
-            await backend.search("a", 1)
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(backend.search("b", 1), timeout=0.2)
-
-    asyncio.run(twice())
-    assert len(server.asked) == 1
+def test_a_query_that_brave_would_refuse_is_not_sent():
+    with answering(BRAVE) as server:
+        search = backend("brave", server)
+        for query in ("x" * 401, "x " * 51):
+            error = failure(search, query)
+            assert "too long" in str(error)
+            assert not error.retryable
+    assert server.requests == []
 
 
-def test_no_more_requests_at_once_than_allowed(server):
-    flying, most = 0, 0
-    lock = threading.Lock()
-    all_in = threading.Barrier(2, timeout=20)
+def test_engines_that_do_not_answer_are_an_outage_not_an_empty_result():
+    answer = {"results": [], "unresponsive_engines": [["google", "CAPTCHA"]]}
+    with answering(answer) as server:
+        assert failure(backend("searxng", server)).retryable
 
-    def reply(asked: Asked) -> Reply:
-        nonlocal flying, most
+
+def test_a_service_that_is_too_slow_or_gone_is_worth_another_try():
+    gate = threading.Event()
+
+    def answer(request: Request) -> Reply:
+        gate.wait(60)
+        return Reply(json=SERPER)
+
+    with HttpServer(answer) as server:
+        slow = failure(backend("serper", server, timeout_s=0.1))
+        gate.set()
+        url = server.url()
+    gone = failure(search_backend("serper", endpoint=url))
+    with HttpServer(lambda request: None) as server:
+        broken = failure(backend("serper", server))
+    assert [error.retryable for error in (slow, gone, broken)] == [True] * 3
+    assert "too long" in str(slow)
+    assert "cannot be reached" in str(gone)
+    assert "cannot be reached" in str(broken)
+
+
+def test_an_answer_over_the_limit_is_refused():
+    with answering(SERPER, body=b" " * 100_001) as server:
+        error = failure(backend("serper", server, max_bytes=100_000))
+    assert "too large" in str(error)
+    assert error.retryable
+
+
+def test_no_more_requests_are_made_at_once_than_allowed():
+    running, most, lock = 0, 0, threading.Lock()
+    two = threading.Barrier(2)
+
+    def answer(request: Request) -> Reply:
+        nonlocal running, most
         with lock:
-            flying += 1
-            most = max(most, flying)
-        all_in.wait()  # two at a time get here, or the test fails
+            running += 1
+            most = max(most, running)
+        two.wait(30)
         with lock:
-            flying -= 1
-        return Reply(body=json.dumps(ANSWERS["serper"]).encode())
+            running -= 1
+        return Reply(json=SERPER)
 
-    server.reply = reply
-    backend = search_backend("serper", endpoint=server.url, max_concurrent=2)
+    async def all_at_once() -> None:
+        await asyncio.gather(*(search.search(str(n), 3) for n in range(8)))
 
-    async def many() -> None:
-        await asyncio.gather(*(backend.search(str(i), 1) for i in range(8)))
-
-    asyncio.run(many())
-    assert len(server.asked) == 8
+    with HttpServer(answer) as server:
+        search = backend("serper", server, max_concurrent=2)
+        asyncio.run(all_at_once())
     assert most == 2
+    assert len(server.requests) == 8
+    assert server.num_connections == 2
 
 
-def test_no_more_requests_a_second_than_allowed(server):
-    server.answers(ANSWERS["serper"])
-    backend = search_backend("serper", endpoint=server.url, max_per_s=0.01)
-
-    async def two() -> None:
-        await backend.search("a", 1)
-        with pytest.raises(TimeoutError):  # its turn comes 100 s later
-            await asyncio.wait_for(backend.search("b", 1), timeout=0.2)
-
-    asyncio.run(two())
-    assert len(server.asked) == 1
+def test_turns_are_evenly_spaced():
+    pace = Pace(4.0)  # one each .25 s
+    assert [pace.reserve(100.0) for _ in range(3)] == [0.0, 0.25, 0.5]
+    assert pace.reserve(100.5) == 0.25
+    assert pace.reserve(200.0) == 0.0
+    assert [Pace(None).reserve(1.0) for _ in range(3)] == [0.0] * 3
 
 
-def test_a_key_is_in_no_pickle_no_text_and_no_version(server):
-    backend = search_backend("serper", endpoint=server.url)
-    assert KEY.encode() not in pickle.dumps(backend)
-    assert KEY not in repr(backend) + backend.version
+def test_backends_of_one_service_share_a_pace():
+    with answering(SERPER) as server:
+        searches = [backend("serper", server, max_per_s=0.001) for _ in range(2)]
+        found(searches[0])
+        pace = pace_of(searches[1].api.endpoint, 0.001)
+    assert pace.reserve(time.monotonic()) > 900
 
 
-def test_a_copy_in_another_process_reads_its_own_key(server, monkeypatch):
-    server.answers(ANSWERS["serper"])
-    backend = search_backend("serper", endpoint=server.url)
-    ask(backend)
-    copy = pickle.loads(pickle.dumps(backend))
-    monkeypatch.setenv("SERPER_API_KEY", "another")
-    ask(copy)
-    keys = [asked.headers["X-API-KEY"] for asked in server.asked]
-    assert keys == [KEY, "another"]
+def in_a_minute() -> str:
+    return format_datetime(datetime.now(UTC) + timedelta(seconds=60))
 
 
-def test_a_missing_key_is_told_before_work_starts(monkeypatch):
-    monkeypatch.delenv("BRAVE_API_KEY")
-    with pytest.raises(ConfigError, match="BRAVE_API_KEY"):
-        search_backend("brave")
-    monkeypatch.setenv("MY_KEY", KEY)
-    search_backend("brave", key_from="MY_KEY")
+@pytest.mark.parametrize(
+    ("retry_after", "at_least_s", "at_most_s"),
+    [
+        ("20", 10, 20),
+        ("100000", 20, 30),
+        (in_a_minute(), 20, 30),
+        ("soon", 0, 0),
+        ("-5", 0, 0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
+    ],
+)
+def test_a_service_is_left_alone_for_as_long_as_it_asks_within_limits(
+    retry_after, at_least_s, at_most_s
+):
+    headers = {"Retry-After": retry_after}
+    with answering({}, status=429, headers=headers) as server:
+        search = backend("serper", server)
+        failure(search)
+    wait_s = pace_of(search.api.endpoint, None).reserve(time.monotonic())
+    assert at_least_s <= wait_s <= at_most_s
+
+
+def test_connections_are_kept_within_a_loop_and_closed_with_it():
+    async def three() -> None:
+        for query in "abc":
+            await search.search(query, 3)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with answering(SERPER) as server:
+            search = backend("serper", server)
+            asyncio.run(three())
+            asyncio.run(three())
+            assert server.num_connections == 2
+            assert search._sessions == {}
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []
+
+
+def test_a_closed_backend_opens_again():
+    async def twice() -> None:
+        await search.search("a", 3)
+        await search.aclose()
+        await search.search("b", 3)
+
+    with answering(SERPER) as server:
+        search = backend("serper", server)
+        asyncio.run(twice())
+    assert server.num_connections == 2
+
+
+@pytest.mark.parametrize("name", list(KEYS))
+def test_a_missing_key_is_told_at_once_and_names_its_variable(name, monkeypatch):
+    monkeypatch.delenv(KEYS[name])
+    with pytest.raises(ConfigError, match=KEYS[name]):
+        search_backend(name, endpoint="http://127.0.0.1:1/")
+    later = search_backend(name, endpoint="http://127.0.0.1:1/", require_key=False)
+    with pytest.raises(ConfigError, match=KEYS[name]):
+        found(later)
+    monkeypatch.setenv(KEYS[name], "geheim\nü")
+    with pytest.raises(ConfigError, match=KEYS[name]) as raised:
+        found(later)
+    assert "geheim" not in str(raised.value)
+
+
+@every_service
+def test_a_key_is_nowhere_but_in_the_request(name, caplog):
+    caplog.set_level(logging.DEBUG)
+    with answering(ANSWERS[name]) as server:
+        search = backend(name, server)
+        found(search)
+        copy = pickle.loads(pickle.dumps(search))
+        assert found(copy) == DOCUMENTS[name]
+    held = [repr(search), str(vars(search)), search.version, search.name, caplog.text]
+    assert KEY not in " ".join(held)
+    assert KEY.encode() not in pickle.dumps(search)
+    assert all((KEY in str(r.headers)) == (name in KEYS) for r in server.requests)
+
+
+def test_a_version_tells_settings_apart_that_change_what_is_found(monkeypatch):
+    monkeypatch.setenv("OTHER_KEY", KEY)
+    endpoint = "https://a.org/search"
+    changes: list[dict[str, Any]] = [
+        {},
+        {"country": "fr"},
+        {"language": "fr"},
+        {"location": "Paris"},
+        {"endpoint": "https://b.org/search"},
+    ]
+    versions = {
+        search_backend("serper", **{"endpoint": endpoint, **change}).version
+        for change in changes
+    }
+    assert len(versions) == len(changes)
+    same = search_backend(
+        "serper", endpoint=endpoint, key_variable="OTHER_KEY", timeout_s=1, max_per_s=1
+    )
+    assert same.version in versions
+
+
+def test_a_replayed_search_needs_neither_a_network_nor_a_key(tmp_path, monkeypatch):
+    file = tmp_path / "run.sqlite"
+    with answering(SERPER) as server:
+        search = backend("serper", server)
+        recording = ToolCache(file, mode="record")
+        first = found(CachedSearch(search, recording))
+        recording.close()
+    monkeypatch.delenv("SERPER_API_KEY")
+    offline = search_backend("serper", endpoint=search.api.endpoint, require_key=False)
+    replayed = CachedSearch(offline, ToolCache(file, mode="replay"))
+    assert found(replayed) == first == DOCUMENTS["serper"]
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("google", {}, r"`search` \('google'\) must be one of \['serper', 'brave'"),
+        ("google", {}, "serper.*brave.*bing.*searxng.*retrieval"),
+        ("serper", {"contry": "us"}, "contry.*country.*max_per_s"),
         ("searxng", {}, "needs `endpoint`"),
-        ("serper", {"endpoint": "ftp://a.test"}, "begins with http"),
+        ("bing", {}, "needs `endpoint`"),
+        ("retrieval", {}, "needs `endpoint`"),
+        ("serper", {"endpoint": "serper.dev"}, "`endpoint`"),
+        ("serper", {"endpoint": "ftp://serper.dev/x"}, "`endpoint`"),
+        ("serper", {"endpoint": "http://[bad/"}, "`endpoint`"),
+        ("serper", {"endpoint": "https://u:s3cret@a.org/"}, "`endpoint`"),
+        ("serper", {"endpoint": "https://a.org/?key=s3cret"}, "`endpoint`"),
         ("serper", {"timeout_s": 0}, "`timeout_s`"),
-        ("serper", {"max_per_s": -1}, "`max_per_s`"),
-        ("serper", {"speed": 3}, "settings of search backend 'serper': .*speed"),
+        ("serper", {"max_per_s": -1.0}, "`max_per_s`"),
+        ("serper", {"max_concurrent": 0}, "`max_concurrent`"),
     ],
 )
-def test_a_wrong_setting_is_refused(name, settings, message):
-    with pytest.raises(ConfigError, match=message):
+def test_settings_that_cannot_work_are_refused(name, settings, message):
+    with pytest.raises(ConfigError, match=message) as raised:
         search_backend(name, **settings)
+    assert "s3cret" not in str(raised.value)
 
 
-def test_the_version_tells_places_and_languages_apart(server):
-    def version(**settings: str) -> str:
-        return search_backend("searxng", **settings).version
-
-    versions = {
-        version(endpoint=server.url),
-        version(endpoint=server.url, language="de"),
-        version(endpoint="http://user:word@b.test/search"),
-        version(endpoint="http://b.test/search"),
-    }
-    assert len(versions) == 3
-    assert "word" not in str(versions)
-
-
-def test_proxies_of_the_environment_are_used_when_asked_only(server, monkeypatch):
-    server.answers(ANSWERS["searxng"])
-    monkeypatch.setenv("http_proxy", server.url)
-    monkeypatch.setenv("no_proxy", "")
-    elsewhere = "http://192.0.2.1:9/search"  # reserved: nobody is there
-    asked = search_backend("searxng", endpoint=elsewhere, trust_env=True)
-    assert len(ask(asked)) == 2
-    assert len(server.asked) == 1
-    ask(search_backend("searxng", endpoint=server.url))
-    assert server.asked[1].path == "/find"
+def test_every_service_is_tested():
+    assert list(APIS) == list(ANSWERS)
