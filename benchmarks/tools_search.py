@@ -1,8 +1,8 @@
 """BM25 over a million short documents: building the index, and a query.
 
-Documents of 30 to 70 words, drawn by Zipf's law from 200,000; queries of six words drawn
-alike, so that most hold words that a large share of the documents hold. The index is
-built by one process and opened by another.
+Documents of 30 to 70 words, drawn by Zipf's law from 200,000; queries of six words
+drawn alike, so that most hold words that a large share of the documents hold. The
+index is built by one process and opened by another.
 
     python benchmarks/tools_search.py --json search.json
 """
@@ -89,7 +89,7 @@ def search_figures(documents: int = 1_000_000, queries: int = 200) -> dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--documents", type=int, default=1_000_000)
     args = parser.parse_args()

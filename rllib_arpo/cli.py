@@ -17,6 +17,25 @@ from typing import Annotated, cast
 import typer
 
 from rllib_arpo.cli_data import data_app
+from rllib_arpo.cli_evaluate import evaluate
+from rllib_arpo.cli_options import (
+    BatchSize,
+    Browse,
+    Cache,
+    Corpus,
+    DialogueName,
+    EngineName,
+    EnvRunners,
+    Learners,
+    MaxTokens,
+    OnBadRow,
+    Out,
+    PythonName,
+    ResultTokens,
+    Search,
+    Seed,
+    refuse_all_but,
+)
 from rllib_arpo.errors import ARPOError, ConfigError
 
 PACKAGES = (
@@ -41,40 +60,7 @@ app = typer.Typer(
     help="Train tool-using language models by reinforcement learning on Ray.",
 )
 app.add_typer(data_app, name="data")
-
-EnvRunners = Annotated[int, typer.Option(help="Sampling actors; 0: in this process.")]
-Learners = Annotated[int, typer.Option(help="Learner actors; 0: in this process.")]
-EngineName = Annotated[str, typer.Option(help='What samples: "torch" or "vllm".')]
-Seed = Annotated[int, typer.Option(help="Seed of tasks, sampling and learner.")]
-Out = Annotated[Path, typer.Option(help="Folder of the run.")]
-Corpus = Annotated[
-    Path | None, typer.Option(help="Folder of documents for the search tool.")
-]
-Search = Annotated[
-    str | None,
-    typer.Option(
-        help='"bm25" or "dense" over --corpus; or a service: "serper", "brave", '
-        '"bing", "searxng", "retrieval".'
-    ),
-]
-Browse = Annotated[bool, typer.Option("--browse", help="Let it open web pages.")]
-PythonName = Annotated[
-    str, typer.Option(help='"embedded", or "subprocess" with numpy, sympy, scipy.')
-]
-Cache = Annotated[
-    Path | None, typer.Option(help="File that keeps what services and pages answered.")
-]
-OnBadRow = Annotated[
-    str, typer.Option(help='"error" refuses the file, "skip" leaves rows out.')
-]
-DialogueName = Annotated[
-    str, typer.Option(help='"tags" of the paper, or the model\'s "chat_template".')
-]
-ResultTokens = Annotated[int, typer.Option(help="Most tokens of a tool result.", min=1)]
-BatchSize = Annotated[int, typer.Option(help="Trees per iteration.", min=1)]
-MaxTokens = Annotated[
-    int, typer.Option(help="Tokens of model and tools after the prompt.", min=1)
-]
+app.command()(evaluate)
 
 
 @app.command()
@@ -155,11 +141,11 @@ def train(
     from rllib_arpo.cli_runs import resume_run, start_run
 
     if resume is not None:
-        _only(context, "--resume", "resume", "iterations")
+        refuse_all_but(context, "--resume", "resume", "iterations")
         resume_run(resume, iterations)
         return
     if config is not None:
-        _only(context, str(config), "config", "model", "iterations", "out")
+        refuse_all_but(context, str(config), "config", "model", "iterations", "out")
         built = config_of_file(config, model)
     elif data is None or model is None:
         raise ConfigError(
@@ -258,99 +244,6 @@ def export_traces(
 
 
 @app.command()
-def evaluate(
-    context: typer.Context,
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Run, checkpoint or Hugging Face folder.")
-    ],
-    data: Annotated[
-        Path | None, typer.Option(help="Tasks; default: the run's eval_tasks.")
-    ] = None,
-    benchmark: Annotated[
-        str | None,
-        typer.Option(
-            help="Names with commas between, as gsm8k,hotpotqa; NAME=FILE or "
-            "NAME=OWNER/NAME[:CONFIG[:SPLIT]] says where it is."
-        ),
-    ] = None,
-    benchmark_dir: Annotated[
-        Path | None,
-        typer.Option(help="Holds NAME.jsonl and so on; default: the Hub."),
-    ] = None,
-    num_tasks: Annotated[
-        int | None, typer.Option(help="Only the first so many.", min=1)
-    ] = None,
-    k: Annotated[str, typer.Option(help="Of pass@k, with commas between.")] = "1",
-    num_samples: Annotated[
-        int | None,
-        typer.Option(help="Answers per task and seed; default: largest k.", min=1),
-    ] = None,
-    seed: Seed = 0,
-    seeds: Annotated[
-        int, typer.Option(help="Repetitions, each with its own seed.", min=1)
-    ] = 1,
-    temperature: Annotated[
-        float | None, typer.Option(help="Default: 1; of benchmarks 0.6.", min=0.0)
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="Default: 1; of benchmarks 0.95.", min=0.01, max=1.0),
-    ] = None,
-    max_response_tokens: Annotated[
-        int | None,
-        typer.Option(help="Default: 1024; of benchmarks 4096 or 8192.", min=1),
-    ] = None,
-    max_tool_calls: Annotated[
-        int | None, typer.Option(help="Default: 5; of benchmarks 3 or 6.", min=0)
-    ] = None,
-    corpus: Corpus = None,
-    dialogue: Annotated[str, typer.Option(help='"tags" or "chat_template".')] = "tags",
-    engine: EngineName = "torch",
-    num_env_runners: EnvRunners = 0,
-    baseline: Annotated[
-        Path | None,
-        typer.Option(help="Checkpoint, or --out of its evaluation, to compare with."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of answers; default: in runs/evaluate.")
-    ] = None,
-    answers_at_once: Annotated[
-        int, typer.Option(help="Under way; a killed run loses these.", min=1)
-    ] = 256,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures there.")
-    ] = None,
-) -> None:
-    """Answer tasks or benchmarks, and print what is right and what it cost."""
-    from rllib_arpo.cli_evaluate import Flags, evaluate_command
-
-    flags = Flags(
-        checkpoint=checkpoint,
-        data=data,
-        benchmark=benchmark,
-        benchmark_dir=benchmark_dir,
-        num_tasks=num_tasks,
-        k=k,
-        num_samples=num_samples,
-        seed=seed,
-        seeds=seeds,
-        temperature=temperature,
-        top_p=top_p,
-        max_response_tokens=max_response_tokens,
-        max_tool_calls=max_tool_calls,
-        corpus=corpus,
-        dialogue=dialogue,
-        engine=engine,
-        num_env_runners=num_env_runners,
-        baseline=baseline,
-        out=out,
-        answers_at_once=answers_at_once,
-        json_file=json_file,
-    )
-    evaluate_command(flags, _given(context))
-
-
-@app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Run or checkpoint folder.")],
     folder: Annotated[Path, typer.Argument(help="Hugging Face folder to write.")],
@@ -415,23 +308,6 @@ def _one_line(error: Exception) -> str:
         else str(error)
     )
     return " ".join(text.split())
-
-
-def _only(context: typer.Context, source: str, *allowed: str) -> None:
-    """Refuse flags that would have no effect beside `source`."""
-    for name in _given(context):
-        if name not in allowed:
-            flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{flag} has no effect with {source}: leave it out")
-
-
-def _given(context: typer.Context) -> list[str]:
-    """Names of the parameters that stand on the command line."""
-    sources = {
-        str(parameter.name): context.get_parameter_source(str(parameter.name))
-        for parameter in context.command.params
-    }
-    return [n for n, s in sources.items() if s is not None and s.name == "COMMANDLINE"]
 
 
 def _quiet() -> None:

@@ -44,9 +44,9 @@ def math_equal(answer: str, gold: str, timeout_s: float = 2.0) -> bool:
         return True
     if _is_choice(right) and _is_choice(left):
         return same_choice(left, right)
-    if _LABELLED.fullmatch(right):
-        labelled = choice(right)
-        return labelled is not None and math_equal(answer, labelled.text, timeout_s)
+    option = choice(right) if _LABELLED.fullmatch(right) else None
+    if option is not None and option.letters:
+        return math_equal(answer, option.text, timeout_s)
     if _is_prose(left) or _is_prose(right):
         return left.casefold() == right.casefold()
     given, expected = measures(left, right)

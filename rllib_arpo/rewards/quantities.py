@@ -110,7 +110,7 @@ UNITS: dict[str, Unit] = {
         mi_mile="1609.344",
     ),
     **_units("mass", mg_milligram="1/1000", g_gram="1", kg_kilogram="1000"),
-    **_units("weight", oz_ounce="1/16", lb_pound="1"),
+    **_units("weight", oz_ounce="1/16", lb="1"),
     **_units("volume", ml_milliliter_millilitre="1/1000", l_liter_litre="1"),
     **_units(
         "time",
@@ -125,9 +125,10 @@ UNITS: dict[str, Unit] = {
     **_units("radian", rad_radian="1"),
     **_units("dollar", cent="1/100", dollar="1"),
     **_units("euro", euro="1"),
+    **_units("sterling", pound="1"),
     **_units("percent", percent="1/100"),
 }
-_SIGNS = {"%": "percent", "^\\circ": "degree", "$": "dollar", "€": "euro"}
+_SIGNS = {"%": "percent", "^\\circ": "degree"}
 _SCALES = {
     "hundred": 100,
     "thousand": 10**3,
@@ -144,8 +145,6 @@ _TRAILING = re.compile(
     r"(?P<power>\^\{?[23]\}?)?"
 )
 _LEADING = re.compile(r"(?P<sign>-?)(?:\\\$|(?P<currency>€|£)) ?(?P<rest>.*)")
-
-
 # No other text, and more than a variable: "n\text{ even}" has no unit.
 _ENDS_AMOUNT = re.compile(r"(?!.*\\text).*(?:\d|\\pi).*")
 
@@ -176,9 +175,9 @@ def split_unit(text: str, *, words: bool = False, letters: bool = False) -> Meas
     """
     match = _LEADING.fullmatch(text)
     if match is not None:
-        unit = {"€": UNITS["euro"], None: UNITS["dollar"]}.get(match["currency"])
+        currencies = {None: UNITS["dollar"], "€": UNITS["euro"], "£": UNITS["pound"]}
         amount = split_unit(match["rest"], words=words, letters=letters).amount
-        return Measure(match["sign"] + amount, unit)
+        return Measure(match["sign"] + amount, currencies[match["currency"]])
     match = _TRAILING.fullmatch(text)
     if match is None:
         return Measure(text)

@@ -110,11 +110,6 @@ class WorkerProcess:
         self._channel.settimeout(within_s)
         receive(self._channel, len(pack(b"ready")))
 
-    @property
-    def pid(self) -> int:
-        """Of the process, which in a sandbox is bubblewrap's."""
-        return self._process.pid
-
     def start(self, settings: CallSettings, state: bytes, code: bytes) -> None:
         """Begin a call.
 

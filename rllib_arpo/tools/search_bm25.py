@@ -81,10 +81,8 @@ class DocumentIndex:
                 wrong (names both), or the index cannot be written.
         """
         index = cls.__new__(cls)
-        index._place = (
-            Path(path),
-            None if cache_folder is None else Path(cache_folder),
-        )
+        cache = Path(cache_folder).absolute() if cache_folder is not None else None
+        index._place = (Path(path).absolute(), cache)
         index._opened = _open(*index._place)
         return index
 

@@ -103,6 +103,7 @@ class DenseIndex:
         """
         if batch_size < 1:
             raise ConfigError(f"`batch_size` ({batch_size}) must be at least 1")
+        cache = Path(cache_folder).absolute() if cache_folder is not None else None
         return cls(
             _Settings(
                 folder=Path(path).absolute(),
@@ -113,7 +114,7 @@ class DenseIndex:
                 passage_prefix=passage_prefix,
                 device=device,
                 batch_size=batch_size,
-                cache_folder=cache_folder and Path(cache_folder).absolute(),
+                cache_folder=cache,
             )
         )
 
@@ -255,7 +256,10 @@ def _stored_faiss(
             for part in _slices(vectors, _ADDED_AT_ONCE):
                 index.add(part)
                 advance(len(part))
-        (target / _FAISS_FILE).write_bytes(faiss.serialize_index(index))
+        try:
+            faiss.write_index(index, str(target / _FAISS_FILE))
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
 
     kind = f"faiss-{_digest(settings.model, settings.passage_prefix, settings.index)}"
     folder = stored_index(homes, kind, key, build)

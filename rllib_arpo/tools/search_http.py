@@ -306,6 +306,7 @@ def _check_endpoint(endpoint: str) -> None:
     try:
         url = httpx2.URL(endpoint)
         fits = url.scheme in ("http", "https") and bool(url.host)
+        fits = fits and "%" not in url.host  # what no host name has is escaped
     except httpx2.InvalidURL:
         fits = False
         url = httpx2.URL("")

@@ -496,13 +496,14 @@ def outcome(tool: SubprocessPythonTool, code: str) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def processes_of_workers() -> int:
-    """bubblewrap, process 1 of each sandbox, and the child that waits there."""
-    return sum("python_worker" in " ".join(p.cmdline()) for p in below(os.getpid()))
-
-
-def below(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
+def children_of_workers() -> list[psutil.Process]:
+    """What runs below process 1 of each sandbox, which is the child of bubblewrap."""
+    return [
+        below
+        for bubblewrap in psutil.Process().children()
+        for first in bubblewrap.children()
+        for below in first.children(recursive=True)
+    ]
 
 
 def test_the_corpus_is_large():
@@ -530,12 +531,12 @@ def test_code_does_not_get_out_and_the_next_call_is_served(attempt, host):
 @needs_bubblewrap
 def test_nothing_runs_on_after_a_call(host):
     tool = SubprocessPythonTool(limits=LIMITS, max_workers=1)
-    outcome(tool, "1")
-    before = processes_of_workers()
     for attempt in PROCESSES:
         outcome(tool, host.fill_in(PROCESSES[attempt]))
+    left = children_of_workers()
+    assert left  # the child that waits for the next call
     outcome(tool, "1")
-    assert processes_of_workers() <= before
+    assert psutil.wait_procs(left, timeout=60)[1] == []
 
 
 @needs_bubblewrap
@@ -640,7 +641,7 @@ input()"""
     with host:
         assert host.stdout is not None
         assert host.stdout.readline() == b"7\n"
-        workers = below(host.pid)
+        workers = psutil.Process(host.pid).children(recursive=True)
         assert workers
         os.kill(host.pid, signal.SIGKILL)
     gone, alive = psutil.wait_procs(workers, timeout=60)

@@ -262,7 +262,8 @@ def test_only_an_old_index_that_nobody_used_for_a_week_goes(folder):
     change("second")
     assert len(indexes(folder, "bm25")) == len(indexes(folder, "documents")) == 2
     for old in [*indexes(folder, "bm25"), *indexes(folder, "documents")]:
-        os.utime(old, (time.time() - UNUSED_S - 60,) * 2)
+        last_used = time.time() - UNUSED_S - 60
+        os.utime(old, (last_used, last_used))
     DocumentIndex.from_folder(folder)  # the second one is in use again
     change("third")
     assert len(indexes(folder, "bm25")) == len(indexes(folder, "documents")) == 2

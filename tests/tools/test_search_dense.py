@@ -157,6 +157,7 @@ def test_another_model_or_other_documents_are_encoded_anew(folder, model, tmp_pa
     save_model(trained, seed=1, prompts={})
     new = open_index(folder, trained)
     assert new.version != old.version
+    assert found(new, "a b c") == by_cosine(trained, "a b c")[:5]
     assert len(vector_files(folder)) == 2
     with (folder / "a.jsonl").open("a") as file:
         file.write('\n{"text": "q q q q"}')
@@ -189,7 +190,7 @@ def test_wrong_settings_are_refused_with_a_cure(folder, model):
         open_index(folder, folder.parent / "none")
     with pytest.raises(ConfigError, match=r'`index` \("Bogus"\) must be "numpy"'):
         open_index(folder, model, index="Bogus")
-    with pytest.raises(ConfigError, match="`search_parameters`.*nprobe"):
+    with pytest.raises(ConfigError, match=r"`search_parameters`.*nprobe"):
         open_index(folder, model, index="Flat", search_parameters="nprobe=3")
     with pytest.raises(ConfigError, match="batch_size"):
         open_index(folder, model, batch_size=0)

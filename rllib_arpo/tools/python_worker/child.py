@@ -43,7 +43,6 @@ _SECCOMP_MODE_FILTER = 2
 # After these the variables are as they were before the call.
 _LIMITS = (MemoryError, RecursionError)
 
-
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -126,7 +125,6 @@ def refuse_system_calls(program: bytes) -> None:
     program = program.replace(
         OWN_PID.to_bytes(4, sys.byteorder), os.getpid().to_bytes(4, sys.byteorder)
     )
-
     filled = _Program(len(program) // 8, program)
     refused = _prctl(_PR_SET_NO_NEW_PRIVS, 1) or _prctl(
         _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(filled)

@@ -50,6 +50,8 @@ def main(settings: Settings) -> None:
     if settings["probe"]:
         child.refuse_system_calls(bytes.fromhex(settings["seccomp"]))
         return
+    # Else the kill of all processes in `_kill` would be one of the user's.
+    assert os.getpid() == 1 or not settings["sandboxed"]
     child.die_with_parent()
     channel = socket.socket(fileno=os.dup(0))
     null = os.open(os.devnull, os.O_RDWR)
