@@ -128,7 +128,6 @@ class StandardTools:
             tools += _tools_of(server)
         return tools
 
-
     @property
     def _searches(self) -> bool:
         return self.search is not None or self.corpus is not None
