@@ -8,19 +8,17 @@ from typing import Any
 from rllib_arpo.data.benchmarks import BenchmarkTasks
 from rllib_arpo.engines.engine import SamplingParams
 from rllib_arpo.errors import ConfigError
-from rllib_arpo.evaluation import Wanted
 from rllib_arpo.predictions import (
     Header,
+    Key,
     Prediction,
     PredictionFile,
-    differences,
+    Wanted,
     fingerprint_of_tasks,
     read_predictions,
 )
 
 PREDICTIONS = "predictions"
-# What two models that are compared need not share.
-MODELS_OWN = frozenset({"model", "engine", "dialogue", "corpus"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +60,7 @@ class Limits:
 
     max_response_tokens: int | None
     max_tool_calls: int | None
+    max_result_tokens: int | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -84,7 +83,7 @@ class Work:
     sampling: SamplingParams
     limits: Limits
     file: PredictionFile | None
-    found: Mapping[tuple[str, int, int], Prediction] = field(default_factory=dict)
+    found: Mapping[Key, Prediction] = field(default_factory=dict)
 
     @property
     def missing(self) -> list[Wanted]:
@@ -92,18 +91,13 @@ class Work:
         if self.file is None:
             return []
         there = self.file.predictions
-        return [
-            one
-            for one in self.wanted
-            if (one.task.task_id, one.seed, one.sample) not in there
-        ]
+        return [one for one in self.wanted if one.key not in there]
 
     @property
     def predictions(self) -> list[Prediction]:
         """Those that were wanted, in that order."""
         there = self.found if self.file is None else self.file.predictions
-        keys = ((one.task.task_id, one.seed, one.sample) for one in self.wanted)
-        return [there[key] for key in keys]
+        return [there[one.key] for one in self.wanted]
 
 
 def open_work(
@@ -142,6 +136,7 @@ def open_work(
             "top_p": sampling.top_p,
             "max_response_tokens": limits.max_response_tokens,
             "max_tool_calls": limits.max_tool_calls,
+            "max_result_tokens": limits.max_result_tokens,
             **settings,
         },
     )
@@ -164,7 +159,7 @@ def read_work(work: Work, out: Path) -> Work:
         out: the folder.
 
     Raises:
-        ConfigError: the benchmark is not there.
+        ConfigError: the benchmark is not there, or its tasks were others.
         DataError: the file holds something else.
     """
     name = work.loaded.benchmark.name
@@ -172,6 +167,11 @@ def read_work(work: Work, out: Path) -> Work:
     if not file.is_file():
         raise ConfigError(f"--baseline: {out} holds no answers to {name}")
     header, predictions = read_predictions(file)
+    if header.tasks != work.header.tasks:
+        raise ConfigError(
+            f"--baseline: {file} answers other tasks than are asked for here: compare "
+            "models on the same file"
+        )
     tasks = {one.task.task_id: one.task for one in work.wanted}
     found = {p.key: p for p in predictions if p.task_id in tasks}
     return Work(
@@ -186,18 +186,3 @@ def read_work(work: Work, out: Path) -> Work:
         file=None,
         found=found,
     )
-
-
-def refuse_unlike(work: Work, baseline: Work) -> None:
-    """Refuse to compare answers that were made under other conditions.
-
-    Raises:
-        ConfigError: names the conditions.
-    """
-    unlike = differences(work.header, baseline.header, besides=MODELS_OWN)
-    if unlike:
-        raise ConfigError(
-            f"--baseline: {baseline.header.checkpoint} answered "
-            f"{work.loaded.benchmark.name} under other conditions: "
-            f"{', '.join(unlike)}. Evaluate both under the same"
-        )

@@ -33,6 +33,7 @@ from rllib_arpo.cli_options import (
     PythonName,
     ResultTokens,
     Search,
+    SearchEndpoint,
     Seed,
     refuse_all_but,
 )
@@ -60,7 +61,6 @@ app = typer.Typer(
     help="Train tool-using language models by reinforcement learning on Ray.",
 )
 app.add_typer(data_app, name="data")
-app.command()(evaluate)
 
 
 @app.command()
@@ -121,6 +121,7 @@ def train(
     max_tool_calls: Annotated[int, typer.Option(help="Per trajectory.", min=0)] = 5,
     max_result_tokens: ResultTokens = 256,
     search: Search = None,
+    search_endpoint: SearchEndpoint = None,
     browse: Browse = False,
     python: PythonName = "embedded",
     tool_cache: Cache = None,
@@ -166,6 +167,7 @@ def train(
             max_tool_calls=max_tool_calls,
             max_result_tokens=max_result_tokens,
             search=search,
+            search_endpoint=search_endpoint,
             browse=browse,
             python=python,
             tool_cache=tool_cache,
@@ -241,6 +243,9 @@ def export_traces(
     typer.echo(
         export_traces_of_run(run, out, min_reward=min_reward, max_per_task=max_per_task)
     )
+
+
+app.command()(evaluate)
 
 
 @app.command()

@@ -2,16 +2,21 @@
 
     OUT/predictions/gsm8k.jsonl    answers as they come; a killed run goes on here
     OUT/scores/gsm8k.jsonl         what each is worth, and why
+    OUT/verdicts.sqlite            what the judge said, so that it is asked once
     OUT/results.json               all numbers
     OUT/baseline/                  the same of `--baseline`, when that is a checkpoint
 
 When no answer is missing nothing is started, so repeating the command scores again.
 """
 
+import os
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, fields
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -22,21 +27,23 @@ from rllib_arpo.benchmark_work import (
     Work,
     open_work,
     read_work,
-    refuse_unlike,
 )
-from rllib_arpo.cli_evaluate import (
-    Flags,
+from rllib_arpo.cli_evaluate import BenchmarkFlags, Flags, ModelFlags
+from rllib_arpo.cli_evaluation import (
     Subject,
+    limits_of,
     open_subject,
     refuse_model_flags,
     start,
 )
-from rllib_arpo.cli_runs import started_ray
+from rllib_arpo.cli_options import refuse
+from rllib_arpo.cli_runs import NOTHING_WRITTEN, started_ray
 from rllib_arpo.data.benchmark_files import HubFile
 from rllib_arpo.data.benchmarks import (
     CHAT_INSTRUCTIONS,
     TAG_INSTRUCTIONS,
     Benchmark,
+    SamplingDefaults,
     load_benchmark,
     parse_benchmarks,
 )
@@ -57,10 +64,13 @@ from rllib_arpo.evaluation_scores import (
     score_predictions,
     summarize,
 )
-from rllib_arpo.predictions import fingerprint_of_folder
+from rllib_arpo.predictions import differences, fingerprint_of_folder
 from rllib_arpo.progress import Console
+from rllib_arpo.rewards.judge import Judge
+from rllib_arpo.tools.cache import ToolCache
 
 RESULTS_FILE = "results.json"
+VERDICTS_FILE = "verdicts.sqlite"
 INSTRUCTIONS = {"tags": TAG_INSTRUCTIONS, "chat_template": CHAT_INSTRUCTIONS}
 
 Sources = Sequence[tuple[Benchmark, Path | HubFile]]
@@ -72,21 +82,23 @@ Scores = Mapping[str, Sequence[Scored]]
 def evaluate_benchmarks(flags: Flags, given: Collection[str]) -> None:
     """Answer, score, print and write.
 
+    Args:
+        flags: all of them.
+        given: names of those on the command line.
+
     Raises:
         ConfigError: a flag cannot work, or OUT holds answers made otherwise.
         DataError: a benchmark's file is wrong.
     """
+    own = flags.of_benchmarks
     plan = _plan(flags)
-    sources = parse_benchmarks(flags.benchmark or "", flags.benchmark_dir)
-    subject = open_subject(flags.checkpoint)
-    old = flags.baseline
-    is_out = old is not None and (old / PREDICTIONS).is_dir()
-    other = open_subject(old) if old is not None and not is_out else None
+    sources = parse_benchmarks(flags.benchmark or "", own.benchmark_dir)
+    _check_judge(own, sources, given)
+    subject, other = open_subject(flags.checkpoint), _other_checkpoint(own.baseline)
     if subject.run is not None and (other is None or other.run is not None):
         refuse_model_flags(given, subject)
     fingerprint = fingerprint_of_folder(subject.folder)
-    name = f"{flags.checkpoint.absolute().name}-{fingerprint[:8]}"
-    out = flags.out or Path("runs") / "evaluate" / name
+    out = own.out or _usual_out(flags.checkpoint, fingerprint)
     works = _open(subject, fingerprint, plan, sources, flags, out)
     baseline: Works = {}
     todo = [(subject, works)]
@@ -94,13 +106,15 @@ def evaluate_benchmarks(flags: Flags, given: Collection[str]) -> None:
         fingerprint = fingerprint_of_folder(other.folder)
         baseline = _open(other, fingerprint, plan, sources, flags, out / "baseline")
         todo.append((other, baseline))
-    elif old is not None:
-        baseline = {name: read_work(work, old) for name, work in works.items()}
-    for name, work in baseline.items():
-        refuse_unlike(works[name], work)
+    elif own.baseline is not None:
+        baseline = {name: read_work(work, own.baseline) for name, work in works.items()}
     console = Console()
+    for name, work in baseline.items():
+        _tell_differences(works[name], work, console)
     _answer_all(todo, flags, console, out)
-    report = _report(works, baseline, plan, out)
+    _tell_nothing_written(works, console)
+    with _judge(own, out) as judge:
+        report = _report(works, baseline, plan, out, judge)
     console.rich.print(as_table(report))
     result = as_json(report)
     for file in (out / RESULTS_FILE, flags.json_file):
@@ -110,18 +124,67 @@ def evaluate_benchmarks(flags: Flags, given: Collection[str]) -> None:
 
 
 def _plan(flags: Flags) -> Plan:
+    own = flags.of_benchmarks
     try:
-        ks = sorted({int(word) for word in flags.k.split(",")})
+        ks = sorted({int(word) for word in own.k.split(",")})
     except ValueError:
         ks = [0]
     if ks[0] < 1:
-        raise ConfigError(f'--k ("{flags.k}") must be whole numbers >= 1, as 1,3,5')
+        raise ConfigError(f'--k ("{own.k}") must be whole numbers >= 1, as 1,3,5')
     return Plan(
         ks=ks,
         num_samples=flags.num_samples or ks[-1],
-        seeds=range(flags.seed, flags.seed + flags.seeds),
+        seeds=range(flags.seed, flags.seed + own.seeds),
         num_tasks=flags.num_tasks,
     )
+
+
+def _check_judge(own: BenchmarkFlags, sources: Sources, given: Collection[str]) -> None:
+    """Before any answer is made: it would be found after the last one."""
+    if own.judge is None:
+        refuse(given, ("judge_url", "judge_key"), "no --judge")
+        return
+    if all(benchmark.metric != "judge" for benchmark, _ in sources):
+        names = ",".join(benchmark.name for benchmark, _ in sources)
+        refuse(given, ("judge",), f"{names}, which are scored by rule")
+    if own.judge_key and own.judge_key not in os.environ:
+        raise ConfigError(
+            f"the environment holds no {own.judge_key}, the judge's key: set it, name "
+            'another with --judge-key, or give --judge-key "" if it wants none'
+        )
+
+
+@contextmanager
+def _judge(own: BenchmarkFlags, out: Path) -> Iterator[Judge | None]:
+    if own.judge is None:
+        yield None
+        return
+    with Judge(
+        own.judge,
+        base_url=own.judge_url,
+        api_key_env=own.judge_key or None,
+        cache=ToolCache(out / VERDICTS_FILE),
+    ) as judge:
+        yield judge
+
+
+def _other_checkpoint(baseline: Path | None) -> Subject | None:
+    """That of `--baseline`; None without one, or when its answers are there."""
+    if baseline is None or (baseline / PREDICTIONS).is_dir():
+        return None
+    return open_subject(baseline)
+
+
+def _usual_out(checkpoint: Path, fingerprint: str) -> Path:
+    name = f"{checkpoint.absolute().name}-{fingerprint[:8]}"
+    return Path("runs") / "evaluate" / name
+
+
+def _tell_differences(work: Work, baseline: Work, console: Console) -> None:
+    unlike = differences(work.header, baseline.header, besides=("model",))
+    if unlike:
+        name = work.loaded.benchmark.title
+        console.say(f"{name}: of the baseline and here differ {', '.join(unlike)}.")
 
 
 def _open(
@@ -132,10 +195,7 @@ def _open(
     flags: Flags,
     out: Path,
 ) -> dict[str, Work]:
-    dialogue = subject.dialogue or flags.dialogue
-    settings = {"dialogue": dialogue}
-    if subject.run is None:
-        settings |= {"engine": flags.engine, "corpus": str(flags.corpus or "")}
+    dialogue = subject.dialogue or flags.of_model.dialogue
     works: dict[str, Work] = {}
     for benchmark, source in sources:
         usual = benchmark.sampling
@@ -151,24 +211,31 @@ def _open(
                 else flags.temperature,
                 top_p=flags.top_p or usual.top_p,
             ),
-            limits=_limits(subject, flags, benchmark),
-            settings=settings,
+            limits=_limits(subject, flags, usual),
+            settings={"dialogue": dialogue, **_tools(subject, flags.of_model)},
         )
     return works
 
 
-def _limits(subject: Subject, flags: Flags, benchmark: Benchmark) -> Limits:
+def _limits(subject: Subject, flags: Flags, usual: SamplingDefaults) -> Limits:
+    names = [field.name for field in fields(Limits)]
     if subject.run is not None:
         own = subject.run["env_config"]
-        return Limits(
-            max_response_tokens=own.get("max_response_tokens"),
-            max_tool_calls=own.get("max_tool_calls"),
-        )
-    usual, calls = benchmark.sampling, flags.max_tool_calls
-    return Limits(
-        max_response_tokens=flags.max_response_tokens or usual.max_response_tokens,
-        max_tool_calls=usual.max_tool_calls if calls is None else calls,
-    )
+        return Limits(**{name: own.get(name) for name in names})
+    return limits_of(flags, Limits(**{name: getattr(usual, name) for name in names}))
+
+
+def _tools(subject: Subject, own: ModelFlags) -> dict[str, Any]:
+    """What else answers of a model depend on; a run's fingerprint covers its own."""
+    if subject.run is not None:
+        return {}
+    return {
+        "engine": own.engine,
+        "corpus": None if own.corpus is None else str(own.corpus.absolute()),
+        "search": own.search,
+        "browse": own.browse,
+        "python": own.python,
+    }
 
 
 def _answer_all(
@@ -211,7 +278,7 @@ def _answer(
                     algorithm,
                     work.missing,
                     sampling=work.sampling,
-                    at_once=flags.answers_at_once,
+                    at_once=flags.of_benchmarks.answers_at_once,
                 ):
                     work.file.append(predictions)
                     advance(len(predictions))
@@ -219,20 +286,21 @@ def _answer(
             algorithm.stop()
 
 
-def _budgets(work: Work) -> tuple[int, int]:
-    limits = work.limits
-    return limits.max_response_tokens or 0, limits.max_tool_calls or 0
+def _budgets(work: Work) -> tuple[int, ...]:
+    return tuple(limit or 0 for limit in astuple(work.limits))
 
 
-def _report(works: Works, baseline: Works, plan: Plan, out: Path) -> Report:
-    scores, others = _scores(works), _scores(baseline)
+def _report(
+    works: Works, baseline: Works, plan: Plan, out: Path, judge: Judge | None
+) -> Report:
+    scores, others = _scores(works, judge), _scores(baseline, judge)
     for name, scored in scores.items():
         write_scores(out / "scores" / f"{name}.jsonl", scored)
     return Report(
         headers={name: work.header for name, work in works.items()},
-        summaries=_summaries(works, scores, plan),
+        summaries=_summaries(works, scores, plan, judged=judge is not None),
         baseline_headers={name: work.header for name, work in baseline.items()},
-        baseline=_summaries(baseline, others, plan),
+        baseline=_summaries(baseline, others, plan, judged=judge is not None),
         comparisons={
             name: compare_scores(
                 scores[name],
@@ -243,21 +311,30 @@ def _report(works: Works, baseline: Works, plan: Plan, out: Path) -> Report:
         },
         num_samples=plan.num_samples,
         seeds=plan.seeds,
+        judge=judge,
     )
 
 
-def _scores(works: Works) -> dict[str, Sequence[Scored]]:
+def _tell_nothing_written(works: Works, console: Console) -> None:
+    written = (p.num_model_tokens for w in works.values() for p in w.predictions)
+    if not any(written):
+        console.say(NOTHING_WRITTEN)
+
+
+def _scores(works: Works, judge: Judge | None) -> dict[str, Sequence[Scored]]:
     return {
-        name: score_predictions(work.loaded, work.predictions)
+        name: score_predictions(work.loaded, work.predictions, judge=judge)
         for name, work in works.items()
     }
 
 
-def _summaries(works: Works, scores: Scores, plan: Plan) -> dict[str, Summary]:
+def _summaries(
+    works: Works, scores: Scores, plan: Plan, *, judged: bool
+) -> dict[str, Summary]:
     summaries: dict[str, Summary] = {}
     for name, scored in scores.items():
         # A baseline of another day may have fewer answers than are asked for here.
         counts = Counter((o.prediction.task_id, o.prediction.seed) for o in scored)
         ks = [k for k in plan.ks if k <= min(counts.values(), default=0)]
-        summaries[name] = summarize(works[name].loaded, scored, ks=ks)
+        summaries[name] = summarize(works[name].loaded, scored, ks=ks, judged=judged)
     return summaries

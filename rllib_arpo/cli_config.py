@@ -56,6 +56,7 @@ def config_of_flags(
     num_env_runners: int,
     seed: int,
     search: str | None = None,
+    search_endpoint: str | None = None,
     browse: bool = False,
     python: str = "embedded",
     tool_cache: Path | None = None,
@@ -83,6 +84,7 @@ def config_of_flags(
         python=cast(PythonBackend, python),
         corpus=_absolute(corpus),
         search=search,
+        search_settings={"endpoint": search_endpoint} if search_endpoint else {},
         browse=browse,
         cache=_absolute(tool_cache),
     )

@@ -57,7 +57,7 @@ class Flags:
     """The words of the command; None where the default depends on something."""
 
     checkpoint: Path
-    data: Path | None
+    data: str | None
     benchmark: str | None
     num_tasks: int | None
     num_samples: int | None
@@ -75,7 +75,7 @@ def evaluate(
         Path, typer.Argument(help="Run, checkpoint or Hugging Face folder.")
     ],
     data: Annotated[
-        Path | None, typer.Option(help="Tasks; default: the run's eval_tasks.")
+        str | None, typer.Option(help="Tasks; default: the run's eval_tasks.")
     ] = None,
     benchmark: Annotated[
         str | None,

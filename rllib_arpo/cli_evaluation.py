@@ -1,4 +1,4 @@
-"""`rllib-arpo evaluate`: what it is given, and what is evaluated.
+"""`rllib-arpo evaluate`: what is evaluated, and on rows of a file how.
 
 A checkpoint is a Hugging Face folder, whose tools and limits are flags, or a run's, who
 brings its own. With `--benchmark` the work is done in `cli_benchmarks`, otherwise here.
@@ -7,13 +7,15 @@ brings its own. With `--benchmark` the work is done in `cli_benchmarks`, otherwi
 import json
 import pickle
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from rllib_arpo.arpo import ARPO
 from rllib_arpo.benchmark_work import Limits
 from rllib_arpo.cli_config import config_of_flags, find_checkpoint, is_model_folder
+from rllib_arpo.cli_evaluate import BenchmarkFlags, Flags, ModelFlags
+from rllib_arpo.cli_options import refuse
 from rllib_arpo.cli_runs import num_actors, restore, started_ray
 from rllib_arpo.config import ARPOConfig
 from rllib_arpo.data.sources import resolve_tasks
@@ -22,48 +24,14 @@ from rllib_arpo.errors import ConfigError
 from rllib_arpo.evaluation import evaluate
 from rllib_arpo.progress import Console
 
-# What a run brings with it.
-MODEL_FLAGS = (
-    "corpus",
-    "max_response_tokens",
-    "max_tool_calls",
-    "engine",
-    "num_env_runners",
-    "dialogue",
-)
-BENCHMARK_FLAGS = ("benchmark_dir", "k", "seeds", "out", "baseline", "answers_at_once")
+# What a run brings with it, and what only benchmarks take.
+MODEL_FLAGS = tuple(field.name for field in fields(ModelFlags))
+BENCHMARK_FLAGS = tuple(field.name for field in fields(BenchmarkFlags))
 DIALOGUES = ("tags", "chat_template")
+# Of tasks that are no benchmark's.
 TEMPERATURE = 1.0
 TOP_P = 1.0
-MAX_RESPONSE_TOKENS = 1024
-MAX_TOOL_CALLS = 5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Flags:
-    """The words of the command; None where it has none and the default depends."""
-
-    checkpoint: Path
-    data: Path | None
-    benchmark: str | None
-    benchmark_dir: Path | None
-    num_tasks: int | None
-    k: str
-    num_samples: int | None
-    seed: int
-    seeds: int
-    temperature: float | None
-    top_p: float | None
-    max_response_tokens: int | None
-    max_tool_calls: int | None
-    corpus: Path | None
-    dialogue: str
-    engine: str
-    num_env_runners: int
-    out: Path | None
-    baseline: Path | None
-    answers_at_once: int
-    json_file: Path | None
+LIMITS = Limits(max_response_tokens=1024, max_tool_calls=5, max_result_tokens=256)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +59,8 @@ class Subject:
 
     def num_actors(self, flags: Flags) -> int:
         """Actors that its algorithm starts."""
-        return flags.num_env_runners if self.run is None else num_actors(self.run)
+        own = flags.of_model.num_env_runners
+        return own if self.run is None else num_actors(self.run)
 
 
 def evaluate_command(flags: Flags, given: Collection[str]) -> None:
@@ -105,8 +74,10 @@ def evaluate_command(flags: Flags, given: Collection[str]) -> None:
         ConfigError: a flag cannot work or has no effect, or there is no checkpoint.
         DataError: a row is wrong.
     """
-    if flags.dialogue not in DIALOGUES:
-        raise ConfigError(f'--dialogue ("{flags.dialogue}") must be one of {DIALOGUES}')
+    if flags.of_model.dialogue not in DIALOGUES:
+        raise ConfigError(
+            f'--dialogue ("{flags.of_model.dialogue}") must be one of {DIALOGUES}'
+        )
     if flags.benchmark is not None:
         from rllib_arpo.cli_benchmarks import evaluate_benchmarks
 
@@ -114,19 +85,25 @@ def evaluate_command(flags: Flags, given: Collection[str]) -> None:
         evaluate_benchmarks(flags, given)
         return
     refuse(given, BENCHMARK_FLAGS, "no --benchmark")
+    evaluate_rows(flags, given)
+
+
+def evaluate_rows(flags: Flags, given: Collection[str]) -> None:
+    """Answer the tasks of a file, or a run's own, and print `tree_metrics`.
+
+    Raises:
+        ConfigError: as `evaluate_command`; or there are no tasks.
+        DataError: a row is wrong.
+    """
     # A wrong row must not cost the start of Ray and a model.
     data = flags.data
-    tasks = resolve_tasks(str(data), setting="--data") if data is not None else None
+    tasks = resolve_tasks(data, setting="--data") if data is not None else None
     subject = open_subject(flags.checkpoint)
     if subject.run is not None:
         refuse_model_flags(given, subject)
     num_samples = flags.num_samples or 1
-    limits = Limits(
-        max_response_tokens=flags.max_response_tokens,
-        max_tool_calls=flags.max_tool_calls,
-    )
     with started_ray(subject.num_actors(flags)):
-        algorithm = start(subject, flags, limits)
+        algorithm = start(subject, flags, limits_of(flags, LIMITS))
         try:
             tasks = tasks or algorithm.eval_tasks
             if not tasks:
@@ -181,16 +158,15 @@ def start(subject: Subject, flags: Flags, limits: Limits) -> ARPO:
     return _config(subject, flags, limits).build_algo()
 
 
-def refuse(given: Collection[str], names: Collection[str], source: str) -> None:
-    """Refuse flags that would have no effect beside `source`.
-
-    Raises:
-        ConfigError: one of `names` is given.
-    """
-    for name in names:
-        if name in given:
-            flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{flag} has no effect with {source}: leave it out")
+def limits_of(flags: Flags, usual: Limits) -> Limits:
+    """Budgets of an answer of a model: a flag's, or else the usual."""
+    own = flags.of_model
+    return Limits(
+        **{
+            field.name: _or(getattr(own, field.name), getattr(usual, field.name))
+            for field in fields(Limits)
+        }
+    )
 
 
 def refuse_model_flags(given: Collection[str], subject: Subject) -> None:
@@ -207,17 +183,21 @@ def refuse_model_flags(given: Collection[str], subject: Subject) -> None:
 
 
 def _config(subject: Subject, flags: Flags, limits: Limits) -> ARPOConfig:
-    config = config_of_flags(
+    own = flags.of_model
+    return config_of_flags(
         data=None,
         model=str(subject.folder),
-        corpus=flags.corpus,
-        max_response_tokens=limits.max_response_tokens or MAX_RESPONSE_TOKENS,
-        max_tool_calls=_or(limits.max_tool_calls, MAX_TOOL_CALLS),
-        engine=flags.engine,
-        num_env_runners=flags.num_env_runners,
         seed=flags.seed,
+        corpus=own.corpus,
+        search=own.search,
+        browse=own.browse,
+        python=own.python,
+        tool_cache=own.tool_cache,
+        dialogue=own.dialogue,
+        engine=own.engine,
+        num_env_runners=own.num_env_runners,
+        **asdict(limits),
     )
-    return config.environment(env_config={"dialogue": flags.dialogue})
 
 
 def _or(value: Any, default: Any) -> Any:

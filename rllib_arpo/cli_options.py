@@ -23,6 +23,10 @@ Search = Annotated[
         '"bing", "searxng", "retrieval".'
     ),
 ]
+SearchEndpoint = Annotated[
+    str | None,
+    typer.Option(help="Address of the service; of bing, searxng, retrieval."),
+]
 Browse = Annotated[bool, typer.Option("--browse", help="Let it open web pages.")]
 PythonName = Annotated[
     str, typer.Option(help='"embedded", or "subprocess" with numpy, sympy, scipy.')

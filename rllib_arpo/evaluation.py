@@ -17,7 +17,7 @@ from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EVALUATION_RESULTS
 from rllib_arpo.arpo import ARPO
 from rllib_arpo.engines.engine import SamplingParams
 from rllib_arpo.metrics import refuse_outage, tree_metrics
-from rllib_arpo.predictions import Prediction, prediction_of
+from rllib_arpo.predictions import Prediction, Wanted, prediction_of
 from rllib_arpo.rollouts.branching import TreeSettings, derive_seed, never
 from rllib_arpo.tree import RolloutTree, Task
 
@@ -37,21 +37,6 @@ class Evaluation:
 
     metrics: Mapping[str, float]
     trees: Sequence[RolloutTree]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """An answer that is asked for.
-
-    Attributes:
-        task: the question.
-        seed: of the repetition.
-        sample: number of the answer among those of the seed, from 0.
-    """
-
-    task: Task
-    seed: int
-    sample: int
 
 
 def evaluate(

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from rllib_arpo.evaluation_scores import Scored, Summary
 from rllib_arpo.predictions import Header
+from rllib_arpo.rewards.judge import Judge
 from rllib_arpo.statistics import Comparison, Estimate
 
 
@@ -26,6 +27,7 @@ class Report:
         comparisons: benchmark -> "pass@1" or "f1" -> paired test.
         num_samples: answers per task and seed.
         seeds: of the repetitions.
+        judge: which judged, and what it has cost; None where none did.
     """
 
     headers: Mapping[str, Header]
@@ -35,6 +37,7 @@ class Report:
     comparisons: Mapping[str, Mapping[str, Comparison]]
     num_samples: int
     seeds: Sequence[int]
+    judge: Judge | None = None
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -47,6 +50,12 @@ def as_json(report: Report) -> dict[str, Any]:
         "num_samples": report.num_samples,
         **_part(report.headers, report.summaries),
     }
+    if report.judge is not None:
+        result["judge"] = {
+            "model": report.judge.model,
+            "url": report.judge.base_url,
+            **asdict(report.judge.usage),
+        }
     if report.baseline:
         result["baseline"] = _part(report.baseline_headers, report.baseline)
         result["comparisons"] = {

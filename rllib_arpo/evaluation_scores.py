@@ -11,14 +11,15 @@ Pure functions over predictions, so the same ones can be scored again by another
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 from rllib_arpo.data.benchmarks import BenchmarkTasks
 from rllib_arpo.errors import DataError
 from rllib_arpo.predictions import Prediction
 from rllib_arpo.rewards.answers import accuracy
+from rllib_arpo.rewards.judge_prompt import JudgeCase, Verdict
 from rllib_arpo.statistics import (
     Comparison,
     Estimate,
@@ -27,7 +28,7 @@ from rllib_arpo.statistics import (
     mean_with_interval,
     pass_at_k,
 )
-from rllib_arpo.tree import Task
+from rllib_arpo.tree import Task, question
 
 # An answer is right when its score is at least this; F1 is then 1, so all words agree.
 RIGHT = 1.0
@@ -44,23 +45,12 @@ Failure = Literal[
 FAILURES: tuple[Failure, ...] = get_args(Failure)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JudgedAnswer:
-    """What a judge is shown.
+class Judging(Protocol):
+    """What is asked of a `Judge`."""
 
-    Attributes:
-        question: of the task.
-        accepted: its accepted answers.
-        answer: the model's.
-    """
-
-    question: str
-    accepted: tuple[str, ...]
-    answer: str
-
-
-# A score in [0, 1] for each answer, in their order; None for one it cannot judge.
-Judge = Callable[[Sequence[JudgedAnswer]], Sequence[float | None]]
+    def ask_all(self, cases: Sequence[JudgeCase]) -> Sequence[Verdict | None]:
+        """A verdict on each answer, None for one that it cannot judge."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +132,7 @@ def score_predictions(
     loaded: BenchmarkTasks,
     predictions: Sequence[Prediction],
     *,
-    judge: Judge | None = None,
+    judge: Judging | None = None,
 ) -> list[Scored]:
     """Score answers by the benchmark's metric.
 
@@ -163,17 +153,17 @@ def score_predictions(
         raise DataError(f"there are no tasks {sorted(unknown)[:3]}")
     given = [p for p in predictions if p.answer is not None]
     if loaded.benchmark.metric == "judge" and judge is not None:
-        answers = [_shown(tasks[p.task_id], p) for p in given]
-        scores: Sequence[float | None] = judge(answers) if answers else []
+        verdicts = judge.ask_all([_case(tasks[p.task_id], p) for p in given])
+        scores = [None if one is None else float(one.correct) for one in verdicts]
     else:
         scores = [_accuracy(tasks[p.task_id], p) for p in given]
     by_key = {p.key: score for p, score in zip(given, scores, strict=True)}
     return [_scored(p, by_key.get(p.key, 0.0)) for p in predictions]
 
 
-def _shown(task: Task, prediction: Prediction) -> JudgedAnswer:
-    return JudgedAnswer(
-        question=str(task.metadata["question"]),
+def _case(task: Task, prediction: Prediction) -> JudgeCase:
+    return JudgeCase(
+        question=question(task),
         accepted=task.answers,
         answer=str(prediction.answer),
     )

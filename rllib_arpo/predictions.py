@@ -75,6 +75,26 @@ class Prediction:
         return [call for call in calls if call and call.status != "refused"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """An answer that is asked for.
+
+    Attributes:
+        task: the question.
+        seed: of the repetition.
+        sample: number of the answer among those of the seed, from 0.
+    """
+
+    task: Task
+    seed: int
+    sample: int
+
+    @property
+    def key(self) -> Key:
+        """That of the prediction."""
+        return self.task.task_id, self.seed, self.sample
+
+
 def prediction_of(
     tree: RolloutTree, *, seed: int, sample: int, max_tool_calls: int | None
 ) -> Prediction:

@@ -67,18 +67,24 @@ class SamplingDefaults:
     Attributes:
         max_response_tokens: of the model and the tools after the prompt.
         max_tool_calls: per answer.
+        max_result_tokens: of one tool result; ours, the released code has no such cap.
         temperature: logits are divided by it.
         top_p: nucleus.
     """
 
     max_response_tokens: int
     max_tool_calls: int
+    max_result_tokens: int
     temperature: float = 0.6
     top_p: float = 0.95
 
 
-REASONING = SamplingDefaults(max_response_tokens=4096, max_tool_calls=3)
-DEEP_SEARCH = SamplingDefaults(max_response_tokens=8192, max_tool_calls=6)
+REASONING = SamplingDefaults(
+    max_response_tokens=4096, max_tool_calls=3, max_result_tokens=1024
+)
+DEEP_SEARCH = SamplingDefaults(
+    max_response_tokens=8192, max_tool_calls=6, max_result_tokens=1536
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

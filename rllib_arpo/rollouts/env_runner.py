@@ -365,6 +365,7 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
     def stop(self) -> None:
         self._run(self._queue.clear())
         self._run(_call(self.engine.close))
+        self._run(self._loop.shutdown_asyncgens())  # connections of tools
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

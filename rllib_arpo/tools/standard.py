@@ -117,6 +117,7 @@ class StandardTools:
                 self.search or "bm25",
                 self.corpus,
                 json.dumps(dict(self.search_settings), sort_keys=True),
+                replayed=self.cache is not None and self.cache_mode == "replay",
             )
             if cache is not None and self.corpus is None:
                 backend = CachedSearch(backend, cache)
@@ -134,10 +135,12 @@ class StandardTools:
 
 
 @lru_cache(maxsize=4)
-def _backend(name: str, corpus: str | None, settings: str) -> SearchBackend:
+def _backend(
+    name: str, corpus: str | None, settings: str, *, replayed: bool
+) -> SearchBackend:
     options = json.loads(settings)
     if corpus is None:
-        return search_backend(name, **options)
+        return search_backend(name, require_key=not replayed, **options)
     if name == "dense":
         return DenseIndex.from_folder(corpus, **options)
     return DocumentIndex.from_folder(corpus, **options)

@@ -1,9 +1,10 @@
 """What the paper's settings share (arXiv:2507.19849, appendix C.2, and its scripts).
 
 Data, documents and runs lie in ARPO_DATA (else /shared): `train_10k.parquet`,
-`hard_search_1k.parquet`, as published with the paper. Search is Bing (BING_API_KEY); a
-folder of documents in ARPO_CORPUS takes its place. What services and pages answer is
-kept in ARPO_TOOL_CACHE, else in ARPO_DATA.
+`hard_search_1k.parquet`, as published with the paper. Search is a service that speaks
+Bing's protocol (BING_ENDPOINT, BING_API_KEY); a folder of documents in ARPO_CORPUS
+takes its place. What services and pages answer is kept in ARPO_TOOL_CACHE, else in
+ARPO_DATA.
 """
 
 import os
@@ -55,10 +56,12 @@ def paper_config(
     """
     shared = Path(os.environ.get("ARPO_DATA", "/shared"))
     corpus = os.environ.get("ARPO_CORPUS")
+    endpoint = os.environ.get("BING_ENDPOINT", "")
     tools = StandardTools(
         python="subprocess",
         corpus=corpus,
         search=None if corpus else "bing",
+        search_settings={} if corpus else {"endpoint": endpoint},
         top_k=10,
         browse=browse,
         cache=os.environ.get("ARPO_TOOL_CACHE", str(shared / "tool_cache.sqlite")),
