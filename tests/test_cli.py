@@ -1,7 +1,6 @@
 """The real command in processes of its own, as a user runs it."""
 
 import json
-import os
 import pickle
 import signal
 import subprocess
@@ -19,38 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rllib_arpo.cli import main
 from rllib_arpo.cli_config import find_checkpoint
 from rllib_arpo.errors import ConfigError
+from tests.commands import LIMIT_S, finish, run, start
 from tests.models import save_tiny_model
 from tests.tokenizers import qwen_like
 
-LIMIT_S = 240
 CHECKPOINTED_MODULE = "learner_group/learner/rl_module/default_policy/module_state.pkl"
-
-
-def start(*words: object, folder: Path, stdout: Path | None = None) -> subprocess.Popen:
-    """Start `rllib-arpo`; with `stdout`, output goes to that file."""
-    with open(stdout or os.devnull, "w") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", "rllib_arpo.cli", *map(str, words)],
-            cwd=folder,
-            stdout=file if stdout else subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ
-            | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"},
-        )
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr."""
-    out, err = process.communicate(timeout=LIMIT_S)
-    return process.returncode, out or "", err
-
-
-def run(*words: object, folder: Path) -> str:
-    """Output of a command that must succeed."""
-    code, out, err = finish(start(*words, folder=folder))
-    assert code == 0, err
-    return out
 
 
 def records(run_folder: Path) -> list[dict]:
@@ -233,15 +205,7 @@ def test_an_exported_folder_holds_the_learners_weights(place, exported):
 
 @pytest.mark.slow
 def test_a_run_and_a_folder_of_the_same_model_evaluate_alike(place, exported):
-    common = [
-        "--temperature",
-        "0",
-        "--num-tasks",
-        "2",
-        "--max-response-tokens",
-        "32",
-        "--json",
-    ]
+    common = ["--temperature", "0", "--num-tasks", "2", "--json"]
     tools = [
         *("--corpus", "corpus", "--data", "rows.parquet"),
         *("--max-response-tokens", "32"),
@@ -259,6 +223,22 @@ def test_a_run_and_a_folder_of_the_same_model_evaluate_alike(place, exported):
     )
     assert of_run["num_tokens_sampled"] > 0
     assert of_run["num_tokens_sampled"] == of_model["num_tokens_sampled"]
+
+
+@pytest.mark.slow
+def test_what_a_run_brings_with_it_is_refused_as_a_flag(
+    place, trained, monkeypatch, capsys
+):
+    monkeypatch.chdir(place)
+    for flags in ("--engine torch", "--max-tool-calls 3", "--browse"):
+        words = ["rllib-arpo", "evaluate", "run", *flags.split()]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        err = capsys.readouterr().err
+        assert f"{flags.split()[0]} has no effect with" in err
+        assert "a checkpoint that brings its own settings: leave it out" in err
 
 
 @pytest.mark.slow

@@ -223,11 +223,11 @@ class _Pool:
 
 
 class _Breaker:
-    """Starts workers; after a failure not before a pause, which doubles each time."""
+    """Starts workers; after two failures in a row pauses, each time twice as long."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._pause_s = 0.0
+        self._failures = 0
         self._not_before = 0.0
         self._reason = ""
 
@@ -240,11 +240,13 @@ class _Breaker:
         except WorkerStartError as error:
             with self._lock:
                 self._reason = str(error)
-                self._pause_s = min(max(2 * self._pause_s, 1.0), MAX_PAUSE_S)
-                self._not_before = time.monotonic() + self._pause_s
+                self._failures += 1
+                if self._failures > 1:
+                    pause_s = min(2.0 ** (self._failures - 2), MAX_PAUSE_S)
+                    self._not_before = time.monotonic() + pause_s
             raise _unavailable(str(error)) from error
         with self._lock:
-            self._pause_s = 0.0
+            self._failures = 0
         return worker
 
 
