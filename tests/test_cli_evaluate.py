@@ -1,6 +1,7 @@
 """`rllib-arpo evaluate --benchmark`: killed, resumed, compared, judged."""
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,10 @@ from tests.writer_model import save_writer
 
 QUESTIONS = 6
 BENCHMARKS = ("gsm8k", "hotpotqa", "gaia")
-FLAGS = ["--benchmark", "gsm8k,hotpotqa,gaia", "--benchmark-dir", ".", "--k", "1,3", "--seeds", "2", "--max-tool-calls", "2"]
+FLAGS = (
+    *("--benchmark", "gsm8k,hotpotqa,gaia", "--benchmark-dir", "."),
+    *("--k", "1,3", "--seeds", "2", "--max-tool-calls", "2"),
+)
 # 3 benchmarks, 6 questions, 2 seeds, 3 answers
 NUM_ANSWERS = 108
 
@@ -222,6 +226,7 @@ def test_a_judge_scores_again_what_was_answered_and_is_asked_once(
     place, whole, monkeypatch, capsys
 ):
     monkeypatch.chdir(place)
+    shutil.copytree(place / "whole", place / "judged")
     yes = '{"reason": "it is two", "verdict": "correct"}'
     no = '{"reason": "it is not", "verdict": "incorrect"}'
 
@@ -231,7 +236,7 @@ def test_a_judge_scores_again_what_was_answered_and_is_asked_once(
 
     with endpoint(reply_to) as served:
         words = ["--judge", "m", "--judge-url", served.base_url, "--judge-key", ""]
-        argv = ["rllib-arpo", "evaluate", "writer", *FLAGS, "--out", "whole", *words]
+        argv = ["rllib-arpo", "evaluate", "writer", *FLAGS, "--out", "judged", *words]
         for _ in range(2):
             monkeypatch.setattr(sys, "argv", argv)
             with pytest.raises(SystemExit) as ended:
@@ -239,10 +244,10 @@ def test_a_judge_scores_again_what_was_answered_and_is_asked_once(
             assert ended.value.code == 0, capsys.readouterr().err
     answers = [
         row["answer"]
-        for key, row in predictions(place / "whole").items()
+        for key, row in predictions(place / "judged").items()
         if key[0].startswith("gaia")
     ]
-    numbers = results(place / "whole")
+    numbers = results(place / "judged")
     gaia = numbers["benchmarks"]["gaia"]
     assert gaia["metric"] == "judge"
     right = answers.count("2") / len(answers)
@@ -250,7 +255,7 @@ def test_a_judge_scores_again_what_was_answered_and_is_asked_once(
     # Each question with each of the two answers, however often it was given.
     assert len(served.requests) <= 2 * QUESTIONS
     assert numbers["judge"]["num_cached"] == numbers["judge"]["num_cases"] == 36
-    scores = (place / "whole" / "scores" / "gaia.jsonl").read_text().splitlines()
+    scores = (place / "judged" / "scores" / "gaia.jsonl").read_text().splitlines()
     assert {(s["answer"], s["failure"]) for s in map(json.loads, scores)} == {
         ("2", None),
         ("3 bears", "wrong"),

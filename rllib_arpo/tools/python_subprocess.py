@@ -242,7 +242,7 @@ class _Breaker:
                 self._reason = str(error)
                 self._failures += 1
                 if self._failures > 1:
-                    pause_s = min(2.0 ** (self._failures - 2), MAX_PAUSE_S)
+                    pause_s = min(2.0 ** min(self._failures - 2, 9), MAX_PAUSE_S)
                     self._not_before = time.monotonic() + pause_s
             raise _unavailable(str(error)) from error
         with self._lock:
