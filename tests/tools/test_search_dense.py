@@ -117,7 +117,9 @@ def test_prefixes_are_put_before_queries_and_documents(folder, model):
     expected = by_cosine(model, "a b c", of_query="query: ", of_text="passage: ")
     assert found(index, "a b c") == expected[:5]
     assert expected[:5] != by_cosine(model, "a b c")[:5]
-    assert index.version != open_index(folder, model).version
+    plain = open_index(folder, model)
+    assert found(plain, "a b c") == by_cosine(model, "a b c")[:5]
+    assert index.version != plain.version
 
 
 def test_without_prefixes_the_models_own_prompts_count(folder, model, tmp_path):
