@@ -181,7 +181,10 @@ def _usual_out(checkpoint: Path, fingerprint: str) -> Path:
 
 
 def _tell_differences(work: Work, baseline: Work, console: Console) -> None:
-    unlike = differences(work.header, baseline.header, besides=("model",))
+    here, there = work.header, baseline.header
+    # A run does not say what a model's flags do.
+    unsaid = here.settings.keys() ^ there.settings.keys()
+    unlike = differences(here, there, besides={"model", *unsaid})
     if unlike:
         name = work.loaded.benchmark.title
         console.say(f"{name}: of the baseline and here differ {', '.join(unlike)}.")

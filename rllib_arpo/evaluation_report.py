@@ -125,8 +125,8 @@ def as_table(report: Report) -> Table:
     ks = next(iter(report.summaries.values())).pass_at_k
     with_f1 = any(summary.f1 for summary in report.summaries.values())
     table = Table(
-        title=f"{report.num_samples} answers per task and seed, "
-        f"{len(report.seeds)} seeds; % and 95 % intervals over tasks"
+        title=f"answers per task and seed: {report.num_samples}, seeds: "
+        f"{len(report.seeds)}; % and 95 % intervals over tasks"
     )
     table.add_column("benchmark")
     columns = ["tasks", *(f"pass@{k}" for k in ks)]

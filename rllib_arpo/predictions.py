@@ -183,10 +183,13 @@ class PredictionFile:
             drop_partial_line(file)
         if file.is_file() and file.stat().st_size:
             found, predictions = read_predictions(file)
-            _refuse_mix(file, found, header)
             self.predictions = {one.key: one for one in predictions}
-        else:
+            if predictions:
+                _refuse_mix(file, found, header)
+        if not self.predictions:
+            # A run that failed before its first answer binds nobody.
             file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(b"")
             self._write([{"format": FORMAT, **asdict(header)}])
 
     def append(self, predictions: Iterable[Prediction]) -> None:

@@ -175,6 +175,14 @@ def test_answers_that_were_made_otherwise_are_not_mixed(changed, named, tmp_path
     assert file.read_bytes() == content
 
 
+def test_a_run_that_gave_no_answer_binds_nobody(tmp_path):
+    file = tmp_path / "gsm8k.jsonl"
+    PredictionFile(file, HEADER)
+    other = header(settings={"temperature": 1.0})
+    PredictionFile(file, other).append([prediction()])
+    assert read_predictions(file) == (other, [prediction()])
+
+
 def test_a_model_that_was_moved_is_the_same(tmp_path):
     file = tmp_path / "gsm8k.jsonl"
     PredictionFile(file, HEADER).append([prediction()])
