@@ -39,6 +39,7 @@ HOW_TO_SANDBOX = (
 
 _WORKER = Path(__file__).with_name("python_worker")
 _PACKAGES = ("numpy", "scipy", "sympy", "mpmath", "gmpy2", "cloudpickle")
+_PACKAGES_IN_SANDBOX = "/packages"
 _START = (
     "import json, sys; settings = json.loads(sys.argv[1]); "
     "sys.path += [settings['home'], *settings['packages']]; "
@@ -75,7 +76,9 @@ def worker_command(*, sandboxed: bool, temp: str, probe: bool = False) -> list[s
     """
     settings = Settings(
         home="/worker" if sandboxed else str(_WORKER.parent),
-        packages=sorted({os.path.dirname(folder) for folder in _package_folders()}),
+        packages=[_PACKAGES_IN_SANDBOX]
+        if sandboxed
+        else sorted({os.path.dirname(folder) for folder in _package_folders()}),
         temp=temp,
         seccomp=refusal_program(platform.machine()).hex(),
         sandboxed=sandboxed,
@@ -130,7 +133,12 @@ def _bubblewrap() -> list[str]:
         *("--die-with-parent", "--new-session", "--as-pid-1"),
         *_each("--ro-bind", read_only),
         *(part for folder in hidden for part in ("--tmpfs", folder)),
-        *_each("--ro-bind", packages),
+        # Not where they are: an environment below /tmp would be hidden by our own.
+        *(
+            part
+            for package in packages
+            for part in ("--ro-bind", package, _place_in_sandbox(package))
+        ),
         *("--ro-bind", str(_WORKER), f"/worker/{_WORKER.name}"),
         *_each("--dev-bind", ["/dev/null", "/dev/zero", "/dev/urandom"]),
         *("--size", str(TEMP_MB << 20), "--tmpfs", "/tmp"),
@@ -200,6 +208,10 @@ def _package_folders() -> list[str]:
         if spec is not None
         for folder in (spec.submodule_search_locations or [])
     ]
+
+
+def _place_in_sandbox(package: str) -> str:
+    return f"{_PACKAGES_IN_SANDBOX}/{os.path.basename(package)}"
 
 
 def _with_libs(folder: str) -> list[str]:

@@ -15,6 +15,7 @@ from rllib_arpo.tools import page_worker
 from rllib_arpo.tools.browse import BrowseTool
 from rllib_arpo.tools.fetch import FetchLimits, PageFetcher
 from rllib_arpo.tools.tool import Tool
+from tests.children import children_running
 from tests.tools.unruly_server import UnrulyServer, page, sends, silence
 
 QUESTION = "Who designed the Kestrel bridge, and when?"
@@ -280,11 +281,7 @@ def test_a_parser_that_takes_too_long_is_ended_and_the_next_page_is_read():
 
 def test_killed_workers_are_replaced():
     assert "Ada Low" in answer_to(ARTICLE)
-    workers = [
-        child
-        for child in psutil.Process().children()
-        if page_worker.__file__ in child.cmdline()
-    ]
+    workers = children_running(page_worker.__file__)
     assert workers
     for worker in workers:
         os.kill(worker.pid, signal.SIGKILL)
@@ -306,11 +303,7 @@ def test_many_pages_are_read_at_once_by_few_workers():
         for _ in range(2):
             answers = asyncio.run(read_all(tool, server.url("/")))
             assert len(set(answers)) == 1
-    workers = [
-        child
-        for child in psutil.Process().children()
-        if page_worker.__file__ in child.cmdline()
-    ]
+    workers = children_running(page_worker.__file__)
     assert 1 <= len(workers) <= page_worker.MAX_WORKERS
 
 

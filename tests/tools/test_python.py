@@ -4,12 +4,12 @@ import os
 import pickle
 import signal
 
-import psutil
 import pytest
 
 from rllib_arpo.errors import ToolError, ToolTimeoutError
 from rllib_arpo.tools.python import PythonLimits, PythonTool
 from rllib_arpo.tools.tool import Tool
+from tests.children import children_running
 
 LIMITS = PythonLimits(time_s=0.1, memory_mb=16, recursion_depth=50, output_bytes=1000)
 
@@ -102,11 +102,7 @@ def test_sleep_takes_no_time_and_random_is_seeded():
 def test_killed_workers_are_replaced():
     tool = PythonTool()
     run(tool, "x = 6")
-    workers = [
-        child
-        for child in psutil.Process().children()
-        if "monty" in " ".join(child.cmdline())
-    ]
+    workers = children_running("monty")
     assert workers
     for worker in workers:
         os.kill(worker.pid, signal.SIGKILL)

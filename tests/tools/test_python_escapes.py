@@ -22,14 +22,11 @@ import pytest
 
 import rllib_arpo
 from rllib_arpo.errors import ToolError
-from rllib_arpo.tools.python_sandbox import sandbox_problem
 from rllib_arpo.tools.python_subprocess import SandboxLimits, SubprocessPythonTool
+from tests.tools.bubblewrap import needs_bubblewrap
 
 LIMITS = SandboxLimits(
     time_s=0.5, memory_mb=128, output_bytes=20000, file_mb=1, state_mb=1
-)
-needs_bubblewrap = pytest.mark.skipif(
-    sandbox_problem() is not None, reason=f"no sandbox: {sandbox_problem()}"
 )
 
 # {x} is replaced by the attribute x of `Host`.

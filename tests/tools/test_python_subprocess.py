@@ -3,30 +3,30 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import cloudpickle
 import psutil
 import pytest
 
 import rllib_arpo
 from rllib_arpo.errors import ConfigError, ToolError, ToolTimeoutError
 from rllib_arpo.tools import python_process
-from rllib_arpo.tools.python_sandbox import sandbox_problem
 from rllib_arpo.tools.python_seccomp import refusal_program
 from rllib_arpo.tools.python_subprocess import SandboxLimits, SubprocessPythonTool
 from rllib_arpo.tools.python_worker.messages import pack, receive, send, unpack
 from rllib_arpo.tools.tool import Tool, only_text_parameter
+from tests.tools.bubblewrap import needs_bubblewrap
 
 LIMITS = SandboxLimits(
     time_s=0.5, memory_mb=64, output_bytes=1000, file_mb=1, state_mb=1
-)
-needs_bubblewrap = pytest.mark.skipif(
-    sandbox_problem() is not None, reason=f"no sandbox: {sandbox_problem()}"
 )
 
 
@@ -149,6 +149,28 @@ def test_an_exception_is_its_last_line_and_keeps_what_ran_before():
     with pytest.raises(ToolError, match=r"^ZeroDivisionError: division by zero$"):
         run(tool, "y = 5\n1 / 0")
     assert run(tool, "y") == "5"
+
+
+@needs_bubblewrap
+def test_packages_below_tmp_are_in_the_sandbox_too(tmp_path):
+    assert tmp_path.is_relative_to(tempfile.gettempdir())
+    shutil.copytree(Path(cloudpickle.__file__).parent, tmp_path / "cloudpickle")
+    program = (
+        IMPORT
+        + """
+import cloudpickle
+tool = SubprocessPythonTool(max_workers=1)
+print(tool.sandboxed, cloudpickle.__file__, asyncio.run(tool.call("x = 6; x * 7")))
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    place = tmp_path / "cloudpickle" / "__init__.py"
+    assert done.stdout == f"True {place} 42\n", done.stderr
 
 
 @pytest.mark.parametrize(
