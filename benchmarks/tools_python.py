@@ -3,17 +3,12 @@
 p50, p95        a call after a pause, as between two turns of a model
 back_to_back    the next call is made at once and waits for its worker, which
                 clears up and forks anew
-
-python benchmarks/tools_python.py --json python.json
 """
 
-import argparse
 import asyncio
 import time
-from pathlib import Path
 
 import numpy as np
-from report import print_table_and_write
 
 from rllib_arpo.tools.python import PythonTool
 from rllib_arpo.tools.python_subprocess import SubprocessPythonTool
@@ -51,18 +46,3 @@ def python_figures(num_calls: int = 200) -> dict[str, float]:
         at_once = asyncio.run(call_ms(tool, num_calls, 0))
         figures[f"python_{name}_back_to_back_p50_ms"] = float(np.median(at_once))
     return figures
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    json_file = parser.parse_args().json
-    figures = python_figures()
-    rows = [{"figure": name, "ms": value} for name, value in figures.items()]
-    print_table_and_write(rows, figures, json_file)
-
-
-if __name__ == "__main__":
-    main()

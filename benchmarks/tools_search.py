@@ -3,11 +3,8 @@
 Documents of 30 to 70 words, drawn by Zipf's law from 200,000; queries of six words
 drawn alike, so that most hold words that a large share of the documents hold. The
 index is built by one process and opened by another.
-
-    python benchmarks/tools_search.py --json search.json
 """
 
-import argparse
 import json
 import multiprocessing
 import resource
@@ -17,7 +14,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from report import print_table_and_write
 
 from rllib_arpo.tools.search_bm25 import DocumentIndex
 
@@ -86,17 +82,3 @@ def search_figures(documents: int = 1_000_000, queries: int = 200) -> dict[str, 
         "search_p50_ms": p50,
         "search_p95_ms": p95,
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--documents", type=int, default=1_000_000)
-    args = parser.parse_args()
-    figures = search_figures(args.documents)
-    rows = [{"figure": name, "value": value} for name, value in figures.items()]
-    print_table_and_write(rows, figures, args.json)
-
-
-if __name__ == "__main__":
-    main()

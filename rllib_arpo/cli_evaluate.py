@@ -15,6 +15,7 @@ from rllib_arpo.cli_options import (
     EnvRunners,
     PythonName,
     Search,
+    SearchEndpoint,
     Seed,
     given_flags,
 )
@@ -29,6 +30,7 @@ class ModelFlags:
     max_result_tokens: int | None
     corpus: Path | None
     search: str | None
+    search_endpoint: str | None
     browse: bool
     python: str
     tool_cache: Path | None
@@ -119,6 +121,7 @@ def evaluate(
     ] = None,
     corpus: Corpus = None,
     search: Search = None,
+    search_endpoint: SearchEndpoint = None,
     browse: Browse = False,
     python: PythonName = "embedded",
     tool_cache: Cache = None,
@@ -167,6 +170,7 @@ def evaluate(
             max_result_tokens=max_result_tokens,
             corpus=corpus,
             search=search,
+            search_endpoint=search_endpoint,
             browse=browse,
             python=python,
             tool_cache=tool_cache,

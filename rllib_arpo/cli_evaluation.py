@@ -5,7 +5,6 @@ brings its own. With `--benchmark` the work is done in `cli_benchmarks`, otherwi
 """
 
 import json
-import pickle
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,7 +15,7 @@ from rllib_arpo.benchmark_work import Limits
 from rllib_arpo.cli_config import config_of_flags, find_checkpoint, is_model_folder
 from rllib_arpo.cli_evaluate import BenchmarkFlags, Flags, ModelFlags
 from rllib_arpo.cli_options import refuse
-from rllib_arpo.cli_runs import num_actors, restore, started_ray
+from rllib_arpo.cli_runs import num_actors, restore, settings_of, started_ray
 from rllib_arpo.config import ARPOConfig
 from rllib_arpo.data.sources import resolve_tasks
 from rllib_arpo.envs.chat_dialogue import ChatTemplateDialogue
@@ -137,9 +136,7 @@ def open_subject(folder: Path) -> Subject:
     if is_model_folder(folder):
         return Subject(folder=folder.absolute(), run=None)
     checkpoint = find_checkpoint(folder)
-    with (checkpoint / "class_and_ctor_args.pkl").open("rb") as file:
-        (settings,), _ = pickle.load(file)["ctor_args_and_kwargs"]
-    return Subject(folder=checkpoint, run=settings)
+    return Subject(folder=checkpoint, run=settings_of(checkpoint))
 
 
 def start(subject: Subject, flags: Flags, limits: Limits) -> ARPO:
@@ -190,6 +187,7 @@ def _config(subject: Subject, flags: Flags, limits: Limits) -> ARPOConfig:
         seed=flags.seed,
         corpus=own.corpus,
         search=own.search,
+        search_endpoint=own.search_endpoint,
         browse=own.browse,
         python=own.python,
         tool_cache=own.tool_cache,

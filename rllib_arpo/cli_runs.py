@@ -57,11 +57,16 @@ def num_actors(settings: Mapping[str, Any]) -> int:
     )
 
 
-def num_actors_of(checkpoint: Path) -> int:
-    """Actors that the algorithm of a checkpoint starts."""
+def settings_of(checkpoint: Path) -> Mapping[str, Any]:
+    """The settings of a checkpoint's algorithm."""
     with (checkpoint / "class_and_ctor_args.pkl").open("rb") as file:
         (settings,), _ = pickle.load(file)["ctor_args_and_kwargs"]
-    return num_actors(settings)
+    return settings
+
+
+def num_actors_of(checkpoint: Path) -> int:
+    """Actors that the algorithm of a checkpoint starts."""
+    return num_actors(settings_of(checkpoint))
 
 
 def start_run(config: ARPOConfig, folder: Path, iterations: int) -> None:

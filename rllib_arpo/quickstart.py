@@ -38,7 +38,6 @@ from rllib_arpo.tracking.curves import METRICS_FILE
 from rllib_arpo.tree import RolloutTree, Task
 
 NUM_TRAIN_TASKS = 4_000
-NUM_TEST_TASKS = 512
 NUM_TRACES = 8_000
 CLEAN_FRACTION = 0.35
 SFT_BATCH = 16

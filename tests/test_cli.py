@@ -71,6 +71,15 @@ MISTAKES = {
     "no model": ("train --data rows.parquet", "--data and --model are both needed"),
     "row": ("train --data bad.jsonl --model model", "bad.jsonl, row 0, `answer`"),
     "corpus": (f"{TRAIN} --corpus nowhere", "nowhere"),
+    "search": (f"{TRAIN} --search searxng", "'searxng' needs `endpoint`"),
+    "search of a model": (
+        "evaluate model --data rows.parquet --search searxng",
+        "'searxng' needs `endpoint`",
+    ),
+    "address": (
+        f"{TRAIN} --search searxng --search-endpoint nowhere",
+        "must be an address",
+    ),
     "config file": ("train none.py", "there is no config file none.py"),
     "failing config": ("train bad_config.py", "No module named 'nonsense_module'"),
     "no config": ("train no_config.py", "must define `config`, an ARPOConfig"),
