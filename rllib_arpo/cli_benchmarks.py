@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, fields
+from dataclasses import astuple, dataclass, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from rllib_arpo.benchmark_work import (
 from rllib_arpo.cli_evaluate import BenchmarkFlags, Flags, ModelFlags
 from rllib_arpo.cli_evaluation import (
     Subject,
+    config_of,
     limits_of,
     open_subject,
     refuse_model_flags,
@@ -38,6 +39,7 @@ from rllib_arpo.cli_evaluation import (
 )
 from rllib_arpo.cli_options import refuse
 from rllib_arpo.cli_runs import NOTHING_WRITTEN, started_ray
+from rllib_arpo.config import ARPOConfig
 from rllib_arpo.data.benchmark_files import HubFile
 from rllib_arpo.data.benchmarks import (
     CHAT_INSTRUCTIONS,
@@ -77,6 +79,15 @@ Sources = Sequence[tuple[Benchmark, Path | HubFile]]
 # By the name of the benchmark.
 Works = Mapping[str, Work]
 Scores = Mapping[str, Sequence[Scored]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Benchmarks that one algorithm answers; `config` is None for a run's own."""
+
+    subject: Subject
+    config: ARPOConfig | None
+    works: Sequence[Work]
 
 
 def evaluate_benchmarks(flags: Flags, given: Collection[str]) -> None:
@@ -236,6 +247,7 @@ def _tools(subject: Subject, own: ModelFlags) -> dict[str, Any]:
         "engine": own.engine,
         "corpus": None if own.corpus is None else str(own.corpus.absolute()),
         "search": own.search,
+        "search_endpoint": own.search_endpoint,
         "browse": own.browse,
         "python": own.python,
     }
@@ -252,13 +264,15 @@ def _answer_all(
         return
     if done:
         console.say(f"{done} of {total} answers are there already.")
+    jobs = [job for subject, own in todo for job in _jobs(subject, own, flags)]
+    at_once = flags.of_benchmarks.answers_at_once
     try:
         with (
             started_ray(max(subject.num_actors(flags) for subject, _ in todo)),
             console.count(total, "answers", done=done) as advance,
         ):
-            for subject, of_subject in todo:
-                _answer(subject, of_subject, flags, advance)
+            for job in jobs:
+                _answer(job, at_once, advance)
     except KeyboardInterrupt:
         console.say(
             f"Stopped; the answers are saved in {out}. Repeat the command to go on."
@@ -266,27 +280,27 @@ def _answer_all(
         raise typer.Exit(130) from None
 
 
-def _answer(
-    subject: Subject, works: Works, flags: Flags, advance: Callable[[int], None]
-) -> None:
+def _jobs(subject: Subject, works: Works, flags: Flags) -> Iterator[Job]:
     """One algorithm for all benchmarks whose answers have the same budgets."""
     missing = sorted((work for work in works.values() if work.missing), key=_budgets)
     for _, same in groupby(missing, key=_budgets):
         together = list(same)
-        algorithm = start(subject, flags, together[0].limits)
-        try:
-            for work in together:
-                assert work.file is not None
-                for predictions in answer_tasks(
-                    algorithm,
-                    work.missing,
-                    sampling=work.sampling,
-                    at_once=flags.of_benchmarks.answers_at_once,
-                ):
-                    work.file.append(predictions)
-                    advance(len(predictions))
-        finally:
-            algorithm.stop()
+        config = config_of(subject, flags, together[0].limits)
+        yield Job(subject=subject, config=config, works=together)
+
+
+def _answer(job: Job, at_once: int, advance: Callable[[int], None]) -> None:
+    algorithm = start(job.subject, job.config)
+    try:
+        for work in job.works:
+            assert work.file is not None
+            for predictions in answer_tasks(
+                algorithm, work.missing, sampling=work.sampling, at_once=at_once
+            ):
+                work.file.append(predictions)
+                advance(len(predictions))
+    finally:
+        algorithm.stop()
 
 
 def _budgets(work: Work) -> tuple[int, ...]:

@@ -100,9 +100,10 @@ def evaluate_rows(flags: Flags, given: Collection[str]) -> None:
     subject = open_subject(flags.checkpoint)
     if subject.run is not None:
         refuse_model_flags(given, subject)
+    config = config_of(subject, flags, limits_of(flags, LIMITS))
     num_samples = flags.num_samples or 1
     with started_ray(subject.num_actors(flags)):
-        algorithm = start(subject, flags, limits_of(flags, LIMITS))
+        algorithm = start(subject, config)
         try:
             tasks = tasks or algorithm.eval_tasks
             if not tasks:
@@ -139,20 +140,46 @@ def open_subject(folder: Path) -> Subject:
     return Subject(folder=checkpoint, run=settings_of(checkpoint))
 
 
-def start(subject: Subject, flags: Flags, limits: Limits) -> ARPO:
-    """The algorithm that answers for a subject; Ray is running.
+def config_of(subject: Subject, flags: Flags, limits: Limits) -> ARPOConfig | None:
+    """How a model answers; None for a run, who brings its own config.
 
     Args:
         subject: what is evaluated.
         flags: say what a model does not.
-        limits: budgets of an answer of a model; a run has its own.
+        limits: budgets of an answer.
 
     Raises:
         ConfigError: a flag cannot work.
+        DataError: the corpus cannot be read.
     """
     if subject.run is not None:
-        return restore(subject.folder)
-    return _config(subject, flags, limits).build_algo()
+        return None
+    own = flags.of_model
+    return config_of_flags(
+        data=None,
+        model=str(subject.folder),
+        seed=flags.seed,
+        corpus=own.corpus,
+        search=own.search,
+        search_endpoint=own.search_endpoint,
+        browse=own.browse,
+        python=own.python,
+        tool_cache=own.tool_cache,
+        dialogue=own.dialogue,
+        engine=own.engine,
+        num_env_runners=own.num_env_runners,
+        **asdict(limits),
+    )
+
+
+def start(subject: Subject, config: ARPOConfig | None) -> ARPO:
+    """The algorithm that answers for a subject; Ray is running.
+
+    Args:
+        subject: what is evaluated.
+        config: `config_of` it.
+    """
+    return restore(subject.folder) if config is None else config.build_algo()
 
 
 def limits_of(flags: Flags, usual: Limits) -> Limits:
@@ -176,25 +203,6 @@ def refuse_model_flags(given: Collection[str], subject: Subject) -> None:
         given,
         MODEL_FLAGS,
         f"{subject.folder}, a checkpoint that brings its own settings",
-    )
-
-
-def _config(subject: Subject, flags: Flags, limits: Limits) -> ARPOConfig:
-    own = flags.of_model
-    return config_of_flags(
-        data=None,
-        model=str(subject.folder),
-        seed=flags.seed,
-        corpus=own.corpus,
-        search=own.search,
-        search_endpoint=own.search_endpoint,
-        browse=own.browse,
-        python=own.python,
-        tool_cache=own.tool_cache,
-        dialogue=own.dialogue,
-        engine=own.engine,
-        num_env_runners=own.num_env_runners,
-        **asdict(limits),
     )
 
 
