@@ -319,6 +319,8 @@ class TreeStream:
             except RayError:
                 continue  # the runner is dead, and gets weights when it is back
             if error is not None:
+                # The other runners got the same weights: the caller is told once.
+                self._pushes = []
                 raise error
 
 
