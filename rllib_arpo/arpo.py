@@ -28,6 +28,7 @@ from ray.rllib.utils.metrics import (
 )
 from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
+from rllib_arpo.alarms import ALARMS, Watch
 from rllib_arpo.checkpoints import Checkpoints
 from rllib_arpo.config import ARPOConfig
 from rllib_arpo.data.cursor import Cursor
@@ -78,6 +79,7 @@ class ARPO(WeightSync, Checkpoints, Algorithm):
             else ()
         )
         self._num_trees_started = 0
+        self._watch = Watch.of(config)
         # The first `num_saved_trees` of the last iteration.
         self.saved_trees: Sequence[RolloutTree] = ()
         try:
@@ -97,6 +99,13 @@ class ARPO(WeightSync, Checkpoints, Algorithm):
         return make_cursor(
             config.train_tasks, seed=config.seed or 0, setting="train_tasks"
         )
+
+    @override(Algorithm)
+    def step(self) -> dict[str, Any]:
+        """As RLlib's; the result also tells what goes wrong, see `alarms.py`."""
+        result = super().step()
+        result[ALARMS] = self._watch.look(result)
+        return result
 
     @override(Algorithm)
     def training_step(self) -> None:
@@ -302,6 +311,7 @@ class ARPO(WeightSync, Checkpoints, Algorithm):
     @override(Checkpoints)
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         state = super().get_state(*args, **kwargs)
+        state[ALARMS] = self._watch.get_state()
         if self._stream is not None:
             # Those that are being grown are grown again after a restore.
             state["jobs"] = self._stream.get_state()
@@ -310,6 +320,7 @@ class ARPO(WeightSync, Checkpoints, Algorithm):
     @override(Checkpoints)
     def set_state(self, state: dict[str, Any]) -> None:
         super().set_state(state)
+        self._watch.set_state(state.get(ALARMS, ()))
         if self._stream is not None:
             self._stream.set_state(state.get("jobs", ()))
 

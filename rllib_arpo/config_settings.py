@@ -9,6 +9,7 @@ from typing import Any, Self
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.utils.annotations import override
 
+from rllib_arpo.alarms import AlarmSettings
 from rllib_arpo.data.sources import TaskSource
 from rllib_arpo.envs.tool_use_env import ToolUseEnv
 from rllib_arpo.rollouts.branching import BranchRule
@@ -93,6 +94,7 @@ class ARPOSettings(AlgorithmConfig):
 
         # reporting()
         self.num_saved_trees: int | None = 4
+        self.alarms: AlarmSettings | None = AlarmSettings()
 
         # debugging()
         self.deterministic = False
@@ -234,18 +236,23 @@ class ARPOSettings(AlgorithmConfig):
 
     @override(AlgorithmConfig)
     def reporting(
-        self, *, num_saved_trees: int | None = NOT_PROVIDED, **kwargs: Any
+        self,
+        *,
+        num_saved_trees: int | None = NOT_PROVIDED,
+        alarms: AlarmSettings | None = NOT_PROVIDED,
+        **kwargs: Any,
     ) -> Self:
-        """Set what is kept of an iteration.
+        """Set what is kept of an iteration and what is said about it.
 
         Args:
             num_saved_trees: trees of every iteration that `ARPO.saved_trees` holds and
                 that a run's folder keeps (`trees/`); None: all, for rejection sampling
                 by `rllib-arpo export-traces`.
+            alarms: when `result["alarms"]` tells that a run goes wrong; None: never.
             **kwargs: see `AlgorithmConfig.reporting`.
         """
         super().reporting(**kwargs)
-        return self._set(num_saved_trees=num_saved_trees)
+        return self._set(num_saved_trees=num_saved_trees, alarms=alarms)
 
     @override(AlgorithmConfig)
     def debugging(self, *, deterministic: bool = NOT_PROVIDED, **kwargs: Any) -> Self:

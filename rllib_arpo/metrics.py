@@ -27,6 +27,8 @@ ENTROPY_AFTER_TOOL = "entropy_after_tool"
 ENTROPY_ELSEWHERE = "entropy_elsewhere"
 BRANCHES_PER_TREE = "branches_per_tree"
 REFILLS_PER_TREE = "refills_per_tree"
+NUM_BRANCH_DECISIONS = "num_branch_decisions"
+BRANCH_WANTED_SHARE = "branch_wanted_share"
 DEGENERATE_GROUP_SHARE = "degenerate_group_share"
 RESPONSE_TOKENS = "response_tokens"
 NUM_TOKENS_SAMPLED = "num_tokens_sampled"
@@ -51,6 +53,9 @@ ENGINE_LEVELS = (
     "prefix_cache_tokens",
     "entropy_approximated_by_top_k",
 )
+# Of the learner: means over the trained tokens, in nats.
+ENTROPY = "entropy"
+SAMPLER_LOGPROB_DIFFERENCE = "sampler_logprob_difference"
 PREFIX_CACHE_HIT_RATE = "prefix_cache_hit_rate"
 WEIGHT_PROBE_ERROR = "weight_probe_error"
 ENGINE_STEP_TIME_S = "step_time_s"
@@ -78,6 +83,7 @@ def tree_metrics(
     paths = [[tree.segments[i] for i in path(tree, leaf)] for tree, leaf in leaves]
     segments = [segment for tree in trees for segment in tree.segments]
     calls = [s.tool_call for s in segments if s.tool_call is not None]
+    decisions = [s.branch for s in segments if s.branch is not None]
     executed = [call for call in calls if call.status != "refused"]
     after, elsewhere = _split_entropies(trees, entropy_probe_tokens)
     rewards = np.array([leaf.reward for _, leaf in leaves])
@@ -107,6 +113,8 @@ def tree_metrics(
         / len(trees),
         REFILLS_PER_TREE: sum(leaf.origin == "refill" for _, leaf in leaves)
         / len(trees),
+        NUM_BRANCH_DECISIONS: float(len(decisions)),
+        BRANCH_WANTED_SHARE: _mean([decision.wanted > 0 for decision in decisions]),
         DEGENERATE_GROUP_SHARE: _mean([np.ptp(tree.rewards) == 0 for tree in trees]),
         RESPONSE_TOKENS: _mean([sum(len(s.token_ids) for s in p[1:]) for p in paths]),
         NUM_TOKENS_SAMPLED: float(sum(model_tokens)),

@@ -59,6 +59,13 @@ class Console:
         """One plain line."""
         self.rich.print(escape(text))
 
+    def alarm(self, alarm: Mapping[str, Any]) -> None:
+        """What goes wrong, from which iteration on, and what to try."""
+        self.rich.print(
+            f"[bold]Alarm[/bold] (iteration {alarm['iteration']}, {alarm['name']}): "
+            f"{escape(alarm['message'])} Try: {escape(alarm['advice'])}"
+        )
+
     @contextmanager
     def progress(
         self, total: int, name: str, *, done: int = 0

@@ -32,7 +32,7 @@ from rllib_arpo.metrics import (
     TOOL_CALLS_PER_TRAJECTORY,
 )
 from rllib_arpo.progress import Console
-from rllib_arpo.runs import Run, train
+from rllib_arpo.runs import ALARMS_FILE, Run, train
 from rllib_arpo.sft import SFTConfig
 from rllib_arpo.tracking.curves import METRICS_FILE
 from rllib_arpo.tree import RolloutTree, Task
@@ -170,7 +170,8 @@ def quickstart(settings: Settings, console: Console) -> dict[str, Any]:
     """Run the main job and return what `summary.json` holds."""
     for name in ("base", "cold_start", "sft", "checkpoints", "trees", "model"):
         shutil.rmtree(settings.folder / name, ignore_errors=True)
-    (settings.folder / METRICS_FILE).unlink(missing_ok=True)
+    for name in (METRICS_FILE, ALARMS_FILE):
+        (settings.folder / name).unlink(missing_ok=True)
     run = Run(settings.folder)
     # On matrices this small a second thread costs more than it computes.
     torch.set_num_threads(1)
@@ -226,6 +227,7 @@ def _cold_start(
                 num_iterations=settings.sft_iterations,
                 stage="cold start",
                 on_iteration=progress,
+                on_alarm=console.alarm,
                 checkpoint_interval=settings.sft_iterations,
             )
         evaluation, _ = _evaluate(algorithm, console)
@@ -251,6 +253,7 @@ def _reinforce(
                 num_iterations=settings.rl_iterations,
                 stage="ARPO",
                 on_iteration=progress,
+                on_alarm=console.alarm,
                 checkpoint_interval=settings.rl_iterations,
             )
         evaluation, trees = _evaluate(algorithm, console)

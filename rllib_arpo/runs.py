@@ -3,6 +3,7 @@
 runs/NAME/
 config.json      what was set (only what differs from the defaults)
 metrics.jsonl    one flat JSON object per iteration
+alarms.jsonl     one JSON object per alarm and iteration in which it rang
 checkpoints/     iteration_000012/ and so on: the newest two, each of them whole
 trees/           iteration_000012.parquet and so on: some trees of each iteration
 model/           a Hugging Face folder, written at the end
@@ -28,6 +29,7 @@ from ray.rllib.utils.metrics import (
     TIMERS,
 )
 
+from rllib_arpo.alarms import ALARMS
 from rllib_arpo.arpo import ARPO
 from rllib_arpo.checkpoints import CHECKPOINTS, newest_checkpoint, tidy_checkpoints
 from rllib_arpo.config import ARPOConfig
@@ -49,6 +51,7 @@ Record = dict[str, Any]
 
 NUM_CHECKPOINTS_KEPT = 2
 TREES = "trees"
+ALARMS_FILE = "alarms.jsonl"
 
 # Attributes of a config that are no settings of the user.
 ADDED_BY_BUILDING = ("_is_frozen", "policies", "simple_optimizer", "class")
@@ -74,6 +77,8 @@ class Run:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._tool_calls = 0.0
+        # Names of the alarms that rang in the last iteration.
+        self._ringing: set[str] = set()
 
     @property
     def checkpoint(self) -> Path | None:
@@ -91,16 +96,7 @@ class Run:
         Args:
             config: before or after `build_algo`; what building adds is left out.
         """
-        defaults = vars(type(config)())
-        # Compared as written: not every value of a built config has an equality.
-        changed = {
-            name: value
-            for name, value in vars(config).items()
-            if not name.startswith("__")
-            and name not in ADDED_BY_BUILDING
-            and _as_json(value) != _as_json(defaults.get(name))
-        }
-        self.write_json("config.json", changed)
+        self.write_json("config.json", changed_settings(config))
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> Path:
         """Write a JSON file into the folder, whole or not at all."""
@@ -111,7 +107,25 @@ class Run:
     def log(self, result: Mapping[str, Any], *, stage: str) -> Record:
         """Append one training iteration to `metrics.jsonl` and return it."""
         record = self._record(result, stage)
-        path = self.folder / METRICS_FILE
+        self._append(METRICS_FILE, record)
+        return record
+
+    def log_alarms(self, result: Mapping[str, Any]) -> list[Record]:
+        """Append what rang in an iteration to `alarms.jsonl`.
+
+        Returns:
+            Those that did not ring in the iteration before.
+        """
+        iteration = result["training_iteration"]
+        ringing = [{"iteration": iteration, **alarm} for alarm in result[ALARMS]]
+        for alarm in ringing:
+            self._append(ALARMS_FILE, alarm)
+        new = [alarm for alarm in ringing if alarm["name"] not in self._ringing]
+        self._ringing = {alarm["name"] for alarm in ringing}
+        return new
+
+    def _append(self, name: str, record: Record) -> None:
+        path = self.folder / name
         with (
             storing(path, intact="The last checkpoint is intact."),
             path.open("a") as f,
@@ -120,38 +134,11 @@ class Run:
             f.flush()
             # A checkpoint must not outlast a power cut that its records did not.
             os.fsync(f.fileno())
-        return record
 
     def _record(self, result: Mapping[str, Any], stage: str) -> Record:
-        sampled = result.get(ENV_RUNNER_RESULTS, {})
-        timers = result.get(TIMERS, {})
-        engine = sampled.get(ENGINE_METRICS, {})
-        learned = result.get(LEARNER_RESULTS, {}).get(DEFAULT_MODULE_ID, {})
-        evaluated = result.get(EVALUATION_RESULTS, {}).get(ENV_RUNNER_RESULTS, {})
-        sample_s = float(timers.get(ENV_RUNNER_SAMPLING_TIMER, 0.0))
-        # Sums over the runners, which sample side by side.
-        busy_s = float(engine.get(ENGINE_STEP_TIME_S, 0.0))
-        open_s = float(engine.get(ENGINE_SAMPLE_TIME_S, 0.0))
-        generate_s = sample_s * min(busy_s / open_s, 1.0) if open_s else 0.0
-        self._tool_calls += float(sampled.get(NUM_TOOL_CALLS, 0.0))
-        record: Record = {
-            "iteration": result["training_iteration"],
-            "stage": stage,
-            **_numbers(sampled),
-            **_numbers(learned),
-            **{f"eval_{name}": value for name, value in _numbers(evaluated).items()},
-            "time_generate_s": generate_s,
-            "time_tools_s": sample_s - generate_s,
-            "time_learn_s": float(timers.get(LEARNER_UPDATE_TIMER, 0.0)),
-            "time_sync_s": float(timers.get(SYNCH_WORKER_WEIGHTS_TIMER, 0.0)),
-            "num_tool_calls_lifetime": self._tool_calls,
-        }
-        sampling_s = sample_s
-        if POLICY_LAG_MEAN in sampled:  # asynchronous: EnvRunners never stop
-            sampling_s += record["time_learn_s"] + record["time_sync_s"]
-        if sampling_s:
-            record["tokens_per_s"] = sampled.get(NUM_TOKENS_SAMPLED, 0.0) / sampling_s
-        return record
+        record = record_of(result, stage=stage)
+        self._tool_calls += record.get(NUM_TOOL_CALLS, 0.0)
+        return {**record, "num_tool_calls_lifetime": self._tool_calls}
 
     def save_trees(self, iteration: int, trees: Sequence[RolloutTree]) -> None:
         """Keep trees of an iteration, see `data/tree_files.py`.
@@ -179,15 +166,22 @@ class Run:
         for number, trees in self.tree_files().items():
             if number > iteration:
                 trees.unlink()
-        file = self.folder / METRICS_FILE
+        records = self._forget_lines(METRICS_FILE, iteration)
+        if records:
+            self._tool_calls = records[-1]["num_tool_calls_lifetime"]
+        alarms = self._forget_lines(ALARMS_FILE, iteration)
+        self._ringing = {a["name"] for a in alarms if a["iteration"] == iteration}
+
+    def _forget_lines(self, name: str, iteration: int) -> list[Record]:
+        """Keep the whole lines up to `iteration`, and return them."""
+        file = self.folder / name
         if not file.exists():
-            return
+            return []
         lines = file.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["iteration"] <= iteration]
-        write_whole(file, "".join(kept))
-        if kept:
-            self._tool_calls = json.loads(kept[-1])["num_tool_calls_lifetime"]
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        kept = [record for record in records if record["iteration"] <= iteration]
+        write_whole(file, "".join(_as_json(record) + "\n" for record in kept))
+        return kept
 
     def save_checkpoint(self, algorithm: Algorithm) -> Path:
         """Write a checkpoint under a name of its own; then older ones may go.
@@ -216,23 +210,74 @@ def train(
     num_iterations: int,
     stage: str,
     on_iteration: Callable[[Record], None],
+    on_alarm: Callable[[Record], None] = lambda alarm: None,
     checkpoint_interval: int = 10,
 ) -> None:
     """Train until iteration `num_iterations`, with checkpoints on the way.
+
+    `on_alarm` gets an alarm when it begins to ring, after its iteration's record.
 
     An interrupt (Ctrl-C) or an error of a step leaves the newest complete checkpoint;
     an interrupt also writes one of the moment before it is raised again.
     """
     try:
         while algorithm.iteration < num_iterations:
-            record = run.log(algorithm.train(), stage=stage)
+            result = algorithm.train()
+            record = run.log(result, stage=stage)
+            new_alarms = run.log_alarms(result)
             run.save_trees(algorithm.iteration, algorithm.saved_trees)
             on_iteration(record)
+            for alarm in new_alarms:
+                on_alarm(alarm)
             if algorithm.iteration % checkpoint_interval == 0:
                 run.save_checkpoint(algorithm)
     except KeyboardInterrupt:
         run.save_checkpoint(algorithm)
         raise
+
+
+def changed_settings(config: ARPOConfig) -> Record:
+    """The settings that differ from the defaults of the config's class."""
+    defaults = vars(type(config)())
+    # Compared as written: not every value of a built config has an equality.
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if not name.startswith("__")
+        and name not in ADDED_BY_BUILDING
+        and _as_json(value) != _as_json(defaults.get(name))
+    }
+
+
+def record_of(result: Mapping[str, Any], *, stage: str) -> Record:
+    """The named metrics of one iteration's result, flat."""
+    sampled = result.get(ENV_RUNNER_RESULTS, {})
+    timers = result.get(TIMERS, {})
+    engine = sampled.get(ENGINE_METRICS, {})
+    learned = result.get(LEARNER_RESULTS, {}).get(DEFAULT_MODULE_ID, {})
+    evaluated = result.get(EVALUATION_RESULTS, {}).get(ENV_RUNNER_RESULTS, {})
+    sample_s = float(timers.get(ENV_RUNNER_SAMPLING_TIMER, 0.0))
+    # Sums over the runners, which sample side by side.
+    busy_s = float(engine.get(ENGINE_STEP_TIME_S, 0.0))
+    open_s = float(engine.get(ENGINE_SAMPLE_TIME_S, 0.0))
+    generate_s = sample_s * min(busy_s / open_s, 1.0) if open_s else 0.0
+    record: Record = {
+        "iteration": result["training_iteration"],
+        "stage": stage,
+        **_numbers(sampled),
+        **_numbers(learned),
+        **{f"eval_{name}": value for name, value in _numbers(evaluated).items()},
+        "time_generate_s": generate_s,
+        "time_tools_s": sample_s - generate_s,
+        "time_learn_s": float(timers.get(LEARNER_UPDATE_TIMER, 0.0)),
+        "time_sync_s": float(timers.get(SYNCH_WORKER_WEIGHTS_TIMER, 0.0)),
+    }
+    sampling_s = sample_s
+    if POLICY_LAG_MEAN in sampled:  # asynchronous: EnvRunners never stop
+        sampling_s += record["time_learn_s"] + record["time_sync_s"]
+    if sampling_s:
+        record["tokens_per_s"] = sampled.get(NUM_TOKENS_SAMPLED, 0.0) / sampling_s
+    return record
 
 
 def _numbers(values: Mapping[str, Any]) -> Record:

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from rllib_arpo.metrics import tree_metrics
-from rllib_arpo.tree import Leaf, Message, RolloutTree, Segment, Task, ToolCall
+from rllib_arpo.tree import (
+    BranchDecision,
+    Leaf,
+    Message,
+    RolloutTree,
+    Segment,
+    Task,
+    ToolCall,
+)
 
 TASK = Task(task_id="t", messages=(Message(role="user", content="q"),), answers=("a",))
 
@@ -13,8 +21,22 @@ def tokens(count: int) -> np.ndarray:
     return np.arange(count, dtype=np.int32)
 
 
-def model(parent: int, entropies: list[float]) -> Segment:
+def decision(wanted: int, taken: int) -> BranchDecision:
+    return BranchDecision(
+        entropy=0.5,
+        entropy_change=0.0,
+        probability=0.5,
+        drawn=0.0,
+        wanted=wanted,
+        taken=taken,
+    )
+
+
+def model(
+    parent: int, entropies: list[float], branch: BranchDecision | None = None
+) -> Segment:
     return Segment(
+        branch=branch,
         parent=parent,
         role="model",
         token_ids=tokens(len(entropies)),
@@ -53,10 +75,10 @@ def metrics():
             Segment(parent=None, role="prompt", token_ids=tokens(3)),
             model(0, [1.0, 3.0]),
             tool(1, 4, "ok", 0.5),
-            model(2, [4.0, 6.0, 8.0]),
+            model(2, [4.0, 6.0, 8.0], decision(wanted=1, taken=1)),
             model(2, [2.0]),
             tool(4, 2, "timeout", 1.5),
-            model(5, [0.0, 1.0]),
+            model(5, [0.0, 1.0], decision(wanted=1, taken=0)),
         ),
         leaves=(
             leaf(3, 1.1, {"accuracy": 1.0, "multi_tool_bonus": 0.1}),
@@ -70,7 +92,7 @@ def metrics():
             Segment(parent=None, role="prompt", token_ids=tokens(3)),
             model(0, [5.0]),
             tool(1, 1, "refused", 9.0),
-            model(2, [7.0, 9.0]),
+            model(2, [7.0, 9.0], decision(wanted=0, taken=0)),
             model(0, [1.0]),
         ),
         leaves=(
@@ -92,6 +114,11 @@ def test_rewards_and_shares_are_means_over_leaves(metrics) -> None:
     assert metrics["degenerate_group_share"] == 0.5
     assert metrics["branches_per_tree"] == 0.5
     assert metrics["refills_per_tree"] == 0.5
+
+
+def test_decisions_count_as_the_rule_wanted_not_as_the_budget_granted(metrics) -> None:
+    assert metrics["num_branch_decisions"] == 3
+    assert metrics["branch_wanted_share"] == pytest.approx(2 / 3)
 
 
 def test_trajectories_count_shared_calls_each_and_totals_once(metrics) -> None:

@@ -134,6 +134,24 @@ def test_a_torn_last_line_is_dropped_and_no_iteration_is_told_twice(tmp_path) ->
     assert {entry.name for entry in run.folder.iterdir()} == {"metrics.jsonl"}
 
 
+def test_alarms_of_iterations_that_are_made_again_are_forgotten(tmp_path) -> None:
+    run = Run(tmp_path / "run")
+    result = {"alarms": [{"name": "truncation", "message": "30 %", "advice": "less"}]}
+    told = [
+        len(run.log_alarms({"training_iteration": iteration, **alarms}))
+        for iteration, alarms in enumerate(
+            [{"alarms": []}, result, result, {"alarms": []}, result], start=1
+        )
+    ]
+    assert told == [0, 1, 0, 0, 1]  # once each time that it begins
+    resumed = Run(tmp_path / "run", resume=True)
+    resumed.forget_after(3)
+    assert resumed.log_alarms({"training_iteration": 4, **result}) == []
+    written = (run.folder / "alarms.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in written] == [2, 3, 4]
+    assert json.loads(written[0]) == {"iteration": 2, **result["alarms"][0]}
+
+
 def test_an_interrupt_saves_the_moment_and_is_raised_again(algorithm, tmp_path) -> None:
     run = Run(tmp_path / "run")
 

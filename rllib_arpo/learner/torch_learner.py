@@ -46,9 +46,9 @@ from rllib_arpo.learner.reduction import (
 from rllib_arpo.learner.scoring import EntropyMode
 from rllib_arpo.learner.training_data import TreeTrainingData, as_tree_data
 from rllib_arpo.learner.tree_attention import BLOCK, uses_flex_attention
+from rllib_arpo.metrics import ENTROPY
+from rllib_arpo.metrics import SAMPLER_LOGPROB_DIFFERENCE as DIFFERENCE
 from rllib_arpo.tree import RolloutTree
-
-DIFFERENCE = "sampler_logprob_difference"
 
 
 class ARPOTorchLearner(LearnerState):
@@ -248,7 +248,7 @@ class ARPOTorchLearner(LearnerState):
         loss = policy.loss
         metrics = {
             "policy_loss": policy.loss,
-            "entropy": fwd_out["entropies"],
+            ENTROPY: fwd_out["entropies"],
             "clip_fraction": policy.clipped.float(),
             "ratio_mean": policy.ratio,
             "kl_to_sampler": losses.kl_k3(logprobs, rollout),
