@@ -12,6 +12,8 @@ PANEL_TITLES = {
     "Tool calls",
     "Entropy of the policy",
     "Branches",
+    "Tokens shared",
+    "Response length",
     "Time per iteration",
     "Throughput",
 }
@@ -27,7 +29,9 @@ def full_row(iteration, shift=0.0):
         "entropy_after_tool": 0.9 - iteration / 40 + shift,
         "entropy_elsewhere": 0.4 - iteration / 40 + shift,
         "branches_per_tree": 4.0 - iteration / 5 + shift,
-        "num_tree_tokens": 900,
+        "tokens_paths": 1500.0 + shift,
+        "tokens_unique": 1000.0,
+        "response_tokens": 54.0 + shift,
         "time_generate_s": 1.2 + shift,
         "time_tools_s": 0.3,
         "time_learn_s": 0.9,
@@ -111,9 +115,19 @@ def test_runs_of_different_length_are_drawn_together(tmp_path):
     png = plot_runs(folders, tmp_path / "figures" / "seeds.png")
     assert png == tmp_path / "figures" / "seeds.png"
     assert titles_in(png) == PANEL_TITLES
-    # One band per line: reward, accuracy, calls, 2 entropies, branches, throughput = 7,
-    # and 4 stacked areas.
-    assert png.with_suffix(".svg").read_text().count('id="FillBetween') == 7 + 4
+    # One band per line: reward, accuracy, calls, 2 entropies, branches, token ratio,
+    # response length, throughput = 9, and 4 stacked areas.
+    assert png.with_suffix(".svg").read_text().count('id="FillBetween') == 9 + 4
+
+
+def test_the_token_ratio_is_of_each_iteration(tmp_path):
+    rows = [
+        {"iteration": 1, "tokens_paths": 1500.0, "tokens_unique": 1000.0},
+        {"iteration": 2, "tokens_paths": 3000.0, "tokens_unique": 1000.0},
+        {"iteration": 3, "tokens_unique": 1000.0},
+    ]
+    metrics = read_metrics(write_run(tmp_path, rows) / "metrics.jsonl")
+    np.testing.assert_array_equal(metrics["token_ratio"], [1.5, 3.0, np.nan])
 
 
 def test_a_dot_in_the_name_of_the_picture_is_kept(tmp_path):
