@@ -5,13 +5,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_program_in_the_readme_runs_as_printed(almanac_model, tmp_path):
     folder = tmp_path / "runs" / "quickstart"
     folder.mkdir(parents=True)
     (folder / "cold_start").symlink_to(almanac_model)
-    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    program, _ = PROGRAMS  # the other one is in tests/serving
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program],
         cwd=tmp_path,

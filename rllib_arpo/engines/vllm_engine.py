@@ -13,6 +13,7 @@ branches cheap: both are new requests whose prompts repeat the tokens so far.
 4. LoRA adapters are swapped by request: what is in flight ends with its own.
 """
 
+import asyncio
 import itertools
 import tempfile
 import time
@@ -132,7 +133,8 @@ class VLLMEngine:
                 memory does not suffice.
             EngineError: vLLM does not start, or computes other entropies.
         """
-        engine = cls(model, **settings)
+        # It takes seconds, in which another engine of this loop may generate.
+        engine = await asyncio.to_thread(cls, model, **settings)
         try:
             await engine._llm.update_weight_version("0")
             await engine._check_entropies()

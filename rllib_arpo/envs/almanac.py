@@ -45,6 +45,8 @@ FIELDS = (*ATTRIBUTES, RELATION)
 OPERATORS = {"plus": "+", "minus": "-", "times": "*"}
 KINDS = ("one_hop", "two_lookups", "bridge")
 
+DEFAULT_WORLD_ID = 0
+
 NUM_FAMILIES = 16
 FAMILY_SIZE = 4
 NUM_HITS = 3
@@ -293,9 +295,22 @@ class AlmanacEnv(ToolUseEnv):
         super().__init__(ENV_DEFAULTS | settings)
 
     def make_tools(self, task: Task) -> Sequence[Tool]:
-        """Search in the question's own edition, and a fresh Python."""
-        world_id = int(task.metadata["world_id"])
-        return [AlmanacSearch(self.world, world_id), PythonTool()]
+        """Search in the question's own edition, and a fresh Python.
+
+        A question of a visitor names no edition and is answered from
+        `DEFAULT_WORLD_ID`.
+
+        Raises:
+            ConfigError: the metadata hold another `world_id` than a number from 0 on,
+                or a text with one.
+        """
+        named = str(task.metadata.get("world_id", DEFAULT_WORLD_ID))
+        if not (named.isascii() and named.isdigit()):
+            raise ConfigError(
+                f"`world_id` ({named!r}) must be a whole number >= 0: leave it out for "
+                f"edition {DEFAULT_WORLD_ID}"
+            )
+        return [AlmanacSearch(self.world, int(named)), PythonTool()]
 
 
 @lru_cache(maxsize=8)

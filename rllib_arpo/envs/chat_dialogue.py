@@ -15,6 +15,7 @@ as it was sampled (no spaces of its JSON are changed, no thoughts of earlier tur
 out, which some templates do), and so do spaces and line ends around a tool's text.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ from rllib_arpo.envs.dialogue import (
 from rllib_arpo.envs.dialogue_tokens import DialogueTokens
 from rllib_arpo.envs.json_call import UNREADABLE, read_call
 from rllib_arpo.envs.tool_text import ToolText
-from rllib_arpo.tools.tool import ToolSpec
+from rllib_arpo.tools.tool import ToolSpec, only_text_parameter
 from rllib_arpo.tree import Message
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ class ChatTemplateDialogue:
         self.require_think = require_think
         self.require_boxed = require_boxed
         self._specs = {tool.name: tool for tool in tools}
-        self._variables = {**(template_kwargs or {}), "tools": template_tools(tools)}
+        self._template_kwargs = dict(template_kwargs or {})
+        self._variables = {**self._template_kwargs, "tools": template_tools(tools)}
         self._tokens = DialogueTokens(tokenizer)
         pieces = template_pieces(self._tokens, tools, template_kwargs or {})
         self._turn_end = pieces.turn_end
@@ -158,6 +160,32 @@ class ChatTemplateDialogue:
         """
         tool_text = self._tool_text_after_end if turn_ended else self._tool_text
         return tool_text.encode(text, max_tokens)
+
+    def with_tools(self, tools: Sequence[ToolSpec]) -> "ChatTemplateDialogue":
+        """The same dialogue with further tools.
+
+        Raises:
+            ValueError: a name is taken, or the template cannot render the tools.
+        """
+        specs = (*self._specs.values(), *tools)
+        if len({spec.name for spec in specs}) < len(specs):
+            raise ValueError(f"two tools share a name: {[s.name for s in specs]}")
+        return ChatTemplateDialogue(
+            self.tokenizer,
+            specs,
+            require_think=self.require_think,
+            require_boxed=self.require_boxed,
+            template_kwargs=self._template_kwargs,
+        )
+
+    def call_text(self, name: str, arguments: str) -> str:
+        """A call as the model writes it, of what `ParsedTurn` holds of it."""
+        spec = self._specs.get(name)
+        parameter = only_text_parameter(spec.parameters) if spec else None
+        if parameter is not None:
+            arguments = json.dumps({parameter: arguments}, ensure_ascii=False)
+        head = f'{{"name": {json.dumps(name)}, "arguments": {arguments}}}'
+        return f"{CALL}\n{head}\n{CALL_END}"
 
     def _call(
         self, text: str | None, think: str | None, errors: list[str]

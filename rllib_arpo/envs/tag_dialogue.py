@@ -22,6 +22,7 @@ from rllib_arpo.envs.dialogue import (
 )
 from rllib_arpo.envs.dialogue_tokens import DialogueTokens
 from rllib_arpo.envs.tool_text import ToolText
+from rllib_arpo.tools.tool import ToolSpec
 from rllib_arpo.tree import Message
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class TagDialogue:
         self.tools = tuple(tools)
         self.require_think = require_think
         self.require_boxed = require_boxed
+        self._result_template = result_template
         names = (*RESERVED, *self.tools)
         self._tag = re.compile(f"<(/?)({'|'.join(map(re.escape, names))})>")
         self._stop = tuple(f"</{name}>" for name in (*self.tools, "answer"))
@@ -152,6 +154,27 @@ class TagDialogue:
             ValueError: not even the tags and the notice of a cut fit.
         """
         return self._tool_text.encode(text, max_tokens)
+
+    def with_tools(self, tools: Sequence[ToolSpec]) -> "TagDialogue":
+        """The same dialogue with the tags of further tools.
+
+        Raises:
+            ValueError: a name is taken.
+        """
+        names = (*self.tools, *(tool.name for tool in tools))
+        if len(set(names)) < len(names):
+            raise ValueError(f"two tools share a name: {list(names)}")
+        return TagDialogue(
+            self.tokenizer,
+            names,
+            require_think=self.require_think,
+            require_boxed=self.require_boxed,
+            result_template=self._result_template,
+        )
+
+    def call_text(self, name: str, arguments: str) -> str:
+        """A call as the model writes it, of what `ParsedTurn` holds of it."""
+        return f"<{name}> {arguments} </{name}>"
 
     def _answer(self, content: str, think: str | None, errors: list[str]) -> ParsedTurn:
         answer = boxed(content)

@@ -6,17 +6,19 @@ import torch
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from rllib_arpo.envs.almanac import (
+    DEFAULT_WORLD_ID,
     SPLITS,
     AlmanacEnv,
     AlmanacSearch,
     AlmanacWorld,
+    search_result,
     shared_world,
 )
 from rllib_arpo.envs.almanac_expert import AlmanacExpert
 from rllib_arpo.envs.almanac_model import BOX, TAGS, build_model, build_tokenizer
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.tools.tool import Tool
-from rllib_arpo.tree import RolloutTree
+from rllib_arpo.tree import Message, RolloutTree, Task
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,11 @@ def env(world: AlmanacWorld, tmp_path_factory: pytest.TempPathFactory) -> Almana
     folder = tmp_path_factory.mktemp("tokenizer")
     build_tokenizer(world, folder)
     return AlmanacEnv({"tokenizer": str(folder)})
+
+
+def question(metadata: dict[str, object]) -> Task:
+    asked = (Message(role="user", content="What is depth of a place?"),)
+    return Task(task_id="typed", messages=asked, answers=(), metadata=metadata)
 
 
 def replay(env: AlmanacEnv, tree: RolloutTree) -> float:
@@ -125,6 +132,27 @@ def test_hits_of_a_full_query_confuse_names_and_never_fields(
     ]
     assert {hit.split()[0] for hit in hits} == {"area"}
     assert len({hit.split()[1] for hit in hits}) > 32
+
+
+@pytest.mark.parametrize(
+    ("metadata", "edition"),
+    [({}, DEFAULT_WORLD_ID), ({"world_id": 3}, 3), ({"world_id": "3"}, 3)],
+)
+def test_a_question_is_answered_from_the_edition_it_names_or_the_first(
+    world: AlmanacWorld, env: AlmanacEnv, metadata: dict[str, object], edition: int
+) -> None:
+    search = env.make_tools(question(metadata))[0]
+    found = asyncio.run(search.call(f"depth {world.names[0]}"))
+    assert found == search_result(world.search(edition, f"depth {world.names[0]}"))
+    assert found != search_result(world.search(edition + 1, f"depth {world.names[0]}"))
+
+
+@pytest.mark.parametrize("named", ["three", "-1", -1, 1.5, "²", ""])
+def test_an_edition_that_is_no_number_is_refused(
+    env: AlmanacEnv, named: object
+) -> None:
+    with pytest.raises(ConfigError, match="world_id"):
+        env.make_tools(question({"world_id": named}))
 
 
 def test_the_search_tool_follows_the_protocol_of_tools(world: AlmanacWorld) -> None:

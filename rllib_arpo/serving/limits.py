@@ -1,0 +1,158 @@
+"""How much a client may ask for: bytes, messages, tokens, time, requests at once."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rllib_arpo.serving.access import CLIENT, route_path
+from rllib_arpo.serving.api_errors import RETRY_S, ClientGoneError, HttpError
+from rllib_arpo.serving.http_settings import HttpSettings
+from rllib_arpo.serving.openai_api import ChatCompletionRequest, InvalidRequestError
+
+CHAT_PATH = "/v1/chat/completions"
+
+
+class BodyLimit:
+    """ASGI middleware: takes the body in whole, and refuses one that is too long.
+
+    Raises:
+        HttpError: 413.
+        ClientGoneError: the client hung up before its body was there.
+    """
+
+    def __init__(self, app: ASGIApp, settings: HttpSettings) -> None:
+        self._app = app
+        self._max_bytes = settings.max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > self._max_bytes:
+            raise self._too_long()
+        body: Message | None = {
+            "type": "http.request",
+            "body": await self._read(receive),
+            "more_body": False,
+        }
+
+        async def replay() -> Message:
+            nonlocal body
+            if body is None:
+                return await receive()
+            message, body = body, None
+            return message
+
+        await self._app(scope, replay, send)
+
+    async def _read(self, receive: Receive) -> bytes:
+        pieces = bytearray()
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError
+            pieces += message.get("body", b"")
+            if len(pieces) > self._max_bytes:
+                raise self._too_long()
+            more = message.get("more_body", False)
+        return bytes(pieces)
+
+    def _too_long(self) -> HttpError:
+        return HttpError(
+            413,
+            f"the body has more than {self._max_bytes} bytes, the most that this "
+            "server takes",
+            code="body_too_long",
+        )
+
+
+class ConcurrencyLimit:
+    """ASGI middleware: so many chat requests of one key are answered at once.
+
+    Raises:
+        HttpError: 429, with the time after which to try again.
+    """
+
+    def __init__(self, app: ASGIApp, settings: HttpSettings) -> None:
+        self._app = app
+        self._most = settings.max_concurrent
+        self._running: Counter[str] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or route_path(scope) != CHAT_PATH:
+            await self._app(scope, receive, send)
+            return
+        client = scope[CLIENT]
+        if self._running[client] >= self._most:
+            raise HttpError(
+                429,
+                f"{self._most} requests of this key are being answered, the most at "
+                "once; try again later",
+                code="too_many_requests",
+                headers={"Retry-After": RETRY_S},
+            )
+        self._running[client] += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._running[client] -= 1
+
+
+def within_limits(
+    request: ChatCompletionRequest, settings: HttpSettings
+) -> ChatCompletionRequest:
+    """The request, with the server's cap on tokens if it names none.
+
+    Raises:
+        InvalidRequestError: it asks for more than the server allows.
+    """
+    if len(request.messages) > settings.max_messages:
+        raise InvalidRequestError(
+            f"`messages` has {len(request.messages)} messages, but this server takes "
+            f"{settings.max_messages}: leave out the oldest",
+            param="messages",
+            code="too_many_messages",
+        )
+    if settings.max_tokens is None:
+        return request
+    for name in ("max_completion_tokens", "max_tokens"):
+        asked = getattr(request, name)
+        if asked is not None and asked > settings.max_tokens:
+            raise InvalidRequestError(
+                f"`{name}` ({asked}) must be <= {settings.max_tokens} on this server",
+                param=name,
+                code="too_many_tokens",
+            )
+    if request.max_completion_tokens is None and request.max_tokens is None:
+        return request.model_copy(update={"max_tokens": settings.max_tokens})
+    return request
+
+
+@asynccontextmanager
+async def wall_time(seconds: float) -> AsyncIterator[None]:
+    """What runs inside may take so long.
+
+    Raises:
+        HttpError: 408, it took longer.
+    """
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            yield
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise HttpError(
+            408,
+            f"the answer took more than {seconds:g} s, the most on this server; ask "
+            "for fewer tokens",
+            code="answer_too_slow",
+        ) from error

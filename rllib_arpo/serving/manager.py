@@ -1,0 +1,247 @@
+"""`Manager`: the one replica that gives engines other weights and gathers numbers.
+
+Other weights reach the engines in two steps, see `engine_deployment`:
+
+1. All replicas load them beside the old ones. If one cannot, nothing has changed.
+2. Serve's controller is told of a new `user_config`, with all else of the application
+   as it holds it. Since the code's version is the same it restarts nothing, but calls
+   `reconfigure`; and a replica that starts later begins with the new weights. While
+   `reconfigure` runs, the controller takes a replica off its routers, which step 1
+   makes a matter of a moment.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client.exposition import generate_latest
+from ray import serve
+from ray.exceptions import RayTaskError
+
+from rllib_arpo.agent_weights import REGISTERED, find_weights
+from rllib_arpo.errors import ARPOError, EngineError
+from rllib_arpo.serving.engine_client import LOST, EngineLostError, ServeEngine
+
+logger = logging.getLogger(__name__)
+
+AGENT = "agent"
+MANAGER = "manager"
+# Between two looks whether the engines follow the controller.
+LOOK_S = 0.05
+TAKE_OVER_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManagedModel:
+    """A model, whatever weights it has.
+
+    Attributes:
+        source: what a reload without a checkpoint looks at.
+        version: of the weights that it starts with.
+        deployment: name of its engine's.
+    """
+
+    source: str
+    version: str
+    deployment: str
+
+
+class Manager:
+    """Body of the deployment `manager`.
+
+    Args:
+        models: model name -> the model.
+        engines: model name -> handle of its engine deployment.
+        poll_s: seconds between two looks at aliases of a registry.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ManagedModel],
+        engines: Mapping[str, Any],
+        *,
+        poll_s: float,
+    ) -> None:
+        self._models = models
+        self._engines = engines
+        self._lock = asyncio.Lock()
+        self._app = serve.get_replica_context().app_name
+        # Kept, for the event loop holds tasks weakly.
+        self._following = [
+            asyncio.ensure_future(self._follow(name, poll_s))
+            for name, model in models.items()
+            if model.source.startswith(REGISTERED)
+        ]
+
+    async def reload(
+        self, model: str | None = None, checkpoint: str | None = None
+    ) -> dict[str, str]:
+        """Give engines other weights; returns when all their replicas have them.
+
+        Tools, limits and sampling stay those that the application was started with.
+
+        Args:
+            model: None for all.
+            checkpoint: a source, see `find_weights`; None for the model's own, which
+                leads to newer weights than before if it is a run or an alias.
+
+        Returns:
+            Model -> version.
+
+        Raises:
+            ConfigError, CheckpointError: there are no such weights; nothing changed.
+            EngineError: an engine does not start with them; nothing changed.
+            EngineLostError: a replica is gone; ask again.
+        """
+        names = list(self._models) if model is None else [model]
+        async with self._lock:
+            return {name: await self._reload(name, checkpoint) for name in names}
+
+    async def expositions(self) -> dict[str, str]:
+        """Replica -> its numbers, in Prometheus' text format, of agents and engines."""
+        agents = serve.get_deployment_handle(AGENT, app_name=self._app)
+        texts = dict(await of_all(agents, "exposition"))
+        for name, engine in self._engines.items():
+            for number, numbers in enumerate(await of_all(engine, "metrics")):
+                texts[f"{name}/{number}"] = engine_exposition(name, numbers)
+        return texts
+
+    async def _reload(self, name: str, checkpoint: str | None) -> str:
+        model = self._models[name]
+        weights = await asyncio.to_thread(find_weights, checkpoint or model.source)
+        engine = ServeEngine(self._engines[name])
+        version = await engine.prepare(weights.source, weights.version)
+        config = {"source": weights.source, "version": version}
+        await asyncio.to_thread(set_user_config, self._app, {model.deployment: config})
+        await self._taken_over(name, version)
+        logger.info("model %s has version %s of the weights", name, version)
+        return version
+
+    async def _taken_over(self, name: str, version: str) -> None:
+        """Return when all replicas begin answers with that version."""
+        try:
+            async with asyncio.timeout(TAKE_OVER_TIMEOUT_S):
+                while True:
+                    states = await of_all(self._engines[name], "state")
+                    failed = [one.failure for one in states if one.failure]
+                    if failed:
+                        raise EngineError(f"{name} keeps its weights: {failed[0]}")
+                    if states and all(one.newest == version for one in states):
+                        return
+                    await asyncio.sleep(LOOK_S)
+        except TimeoutError as error:
+            raise EngineLostError(
+                f"not all engines of {name} have version {version} after "
+                f"{TAKE_OVER_TIMEOUT_S:g} s"
+            ) from error
+
+    async def _follow(self, name: str, poll_s: float) -> None:
+        """Reload whenever the source means another version of a registered model."""
+        from rllib_arpo.tracking.registry import model_version
+
+        source = self._models[name].source
+        held = self._models[name].version.rpartition("/")[2]
+        while True:
+            await asyncio.sleep(poll_s)
+            try:
+                version = await asyncio.to_thread(model_version, source)
+                if version != held:
+                    await self.reload(name)
+                    held = version
+            except ARPOError as error:
+                logger.warning("%s stays at version %s: %s", name, held, error)
+
+
+async def ask(response: Any) -> Any:
+    """What a call of a deployment gives, with errors as the replica raised them.
+
+    Raises:
+        ARPOError: as in the replica.
+        EngineLostError: the replica is gone.
+    """
+    try:
+        return await response
+    except RayTaskError as error:
+        if isinstance(error.cause, ARPOError):
+            raise error.cause from None
+        raise
+    except LOST as error:
+        raise EngineLostError(f"a replica is gone: {error}") from error
+
+
+async def of_all(handle: Any, method: str) -> list[Any]:
+    """What all replicas of a deployment answer; none if one is gone meanwhile."""
+    try:
+        return await handle.broadcast(method).results_async()
+    except LOST as error:
+        logger.debug("a replica is gone", exc_info=error)
+        return []
+
+
+def engine_exposition(model: str, numbers: Mapping[str, float]) -> str:
+    """Numbers of an engine's replica in Prometheus' text format."""
+    registry = CollectorRegistry()
+    for name, value in numbers.items():
+        gauge = Gauge(
+            f"rllib_arpo_engine_{name}",
+            "See Engine.metrics.",
+            ["model"],
+            registry=registry,
+        )
+        gauge.labels(model).set(value)
+    return generate_latest(registry).decode()
+
+
+def set_user_config(app: str, configs: Mapping[str, Any]) -> None:
+    """Change `user_config` of deployments, and nothing else of an application.
+
+    Serve offers it for applications from a configuration file only, and only with the
+    whole file; so the controller is given back what it holds.
+
+    Args:
+        app: name of the application.
+        configs: deployment -> its new `user_config`.
+    """
+    from ray.serve._private.deploy_utils import get_deploy_args
+    from ray.serve.context import _get_global_client
+    from ray.serve.generated import serve_pb2
+
+    # Messages that protobuf makes at run time.
+    messages: Any = serve_pb2
+    client: Any = _get_global_client()
+    controller = client._controller
+    held: Any = ray.get(controller.list_deployments_internal.remote())
+    deployments = []
+    for identity, (info, _) in held.items():
+        if identity.app_name != app:
+            continue
+        config = info.deployment_config
+        if identity.name in configs:
+            config = config.model_copy(update={"user_config": configs[identity.name]})
+        wanted = get_deploy_args(
+            identity.name,
+            replica_config=info.replica_config,
+            ingress=info.ingress,
+            deployment_config=config,
+            version=info.version,
+            route_prefix=info.route_prefix,
+        )
+        deployments.append(
+            messages.DeploymentArgs(
+                deployment_name=identity.name,
+                deployment_config=wanted["deployment_config_proto_bytes"],
+                replica_config=wanted["replica_config_proto_bytes"],
+                deployer_job_id=info.deployer_job_id,
+                ingress=info.ingress,
+                **({"route_prefix": info.route_prefix} if info.route_prefix else {}),
+            ).SerializeToString()
+        )
+    ray.get(
+        controller.deploy_applications.remote(
+            {app: deployments}, {app: messages.ApplicationArgs().SerializeToString()}
+        )
+    )

@@ -1,0 +1,129 @@
+"""Answers that outlive one message: server-sent events, and clients that hang up.
+
+    data: {"object": "chat.completion.chunk", ...}      for each chunk
+    data: {"error": {...}}                              only where the answer failed
+    data: [DONE]
+
+What fails before the first chunk is an ordinary error with its status. When the client
+hangs up, what works for it is cancelled, so that the engine stops.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar, cast
+
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from rllib_arpo.serving.api_errors import ClientGoneError, failure_of
+from rllib_arpo.serving.limits import wall_time
+from rllib_arpo.serving.openai_api import ChatCompletionChunk
+
+T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"
+START: Message = {
+    "type": "http.response.start",
+    "status": 200,
+    "headers": [
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-store"),
+        # Proxies of the nginx family hold back what they may buffer.
+        (b"x-accel-buffering", b"no"),
+    ],
+}
+
+
+class EventStream(Response):
+    """A stream of chunks as an answer.
+
+    Args:
+        chunks: a generator; it is closed when the answer ends, however it ends.
+        max_s: seconds after which it is cut off with an error.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, chunks: AsyncIterator[ChatCompletionChunk], *, max_s: float
+    ) -> None:
+        super().__init__()
+        self._chunks = cast(AsyncGenerator[ChatCompletionChunk], chunks)
+        self._max_s = max_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send all of it, or as much as the client wants.
+
+        Raises:
+            ClientGoneError: it hung up before the first chunk.
+        """
+        sender = _Sender(send)
+        try:
+            await unless_hung_up(receive, self._send_all(sender))
+        except ClientGoneError:
+            if not sender.started:
+                raise
+
+    async def _send_all(self, sender: "_Sender") -> None:
+        async with aclosing(self._chunks) as chunks:
+            try:
+                async with wall_time(self._max_s):
+                    async for chunk in chunks:
+                        await sender.event(chunk.model_dump_json())
+            # Boundary: the status was sent, so a failure is one more event.
+            except Exception as error:
+                if not sender.started:
+                    raise
+                await sender.event(failure_of(error).body())
+        await sender.end()
+
+
+class _Sender:
+    """Writes events; the head goes out with the first."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started = False
+
+    async def event(self, data: str) -> None:
+        await self._body(b"data: " + data.encode() + b"\n\n", more=True)
+
+    async def end(self) -> None:
+        await self._body(DONE, more=False)
+
+    async def _body(self, data: bytes, *, more: bool) -> None:
+        if not self.started:
+            self.started = True
+            await self._send(START)
+        await self._send(
+            {"type": "http.response.body", "body": data, "more_body": more}
+        )
+
+
+async def unless_hung_up(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work, but give it up when the client hangs up.
+
+    Args:
+        receive: of a request whose body has been read.
+        work: cancelled, and waited for, when there is nobody to do it for.
+
+    Raises:
+        ClientGoneError: the client hung up.
+    """
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_hung_up(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

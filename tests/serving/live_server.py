@@ -1,0 +1,110 @@
+"""A real server on a free port of loopback, in a thread, and requests to it."""
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import AsyncIterator
+from typing import Any, Self
+
+import httpx2
+import numpy as np
+import uvicorn
+from starlette.types import ASGIApp
+
+from rllib_arpo.engines.engine import GenerationRequest, TokenChunk
+from rllib_arpo.serving.agent import Agent
+from rllib_arpo.serving.engine_client import EngineChunk
+from rllib_arpo.serving.service import ChatService
+from tests.serving.scripted_agents import USER, make_env
+
+CHAT = "/v1/chat/completions"
+PATIENCE_S = 20
+
+
+class LiveServer:
+    """Serves `app` inside a `with` block; `url` and `client` lead to it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        # Bound and listening before the thread runs: nobody has to wait for it.
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        config = uvicorn.Config(
+            app, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=5
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._socket]}
+        )
+        self.client = httpx2.Client(base_url=self.url, timeout=PATIENCE_S)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.client.close()
+        self._server.should_exit = True
+        self._thread.join()
+        self._socket.close()
+
+    def post_raw(
+        self, body: bytes, path: str = CHAT, **headers: str
+    ) -> httpx2.Response:
+        return self.client.post(
+            path, content=body, headers={"Content-Type": "application/json", **headers}
+        )
+
+    def connection(self, fields: dict[str, Any]) -> socket.socket:
+        """A connection on which a chat request was sent and no answer was read."""
+        body = json.dumps(fields).encode()
+        head = (
+            f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}"
+            "\r\nContent-Type: application/json\r\n\r\n"
+        )
+        connection = socket.create_connection(("127.0.0.1", self.port), PATIENCE_S)
+        connection.sendall(head.encode() + body)
+        return connection
+
+
+def ask(**fields: Any) -> dict[str, Any]:
+    return {"model": "m", "messages": [USER], "seed": 1, **fields}
+
+
+class EndlessEngine:
+    """Writes the same token until it is closed, and tells when.
+
+    Args:
+        silent: it writes nothing, but is as busy.
+    """
+
+    def __init__(self, *, silent: bool = False) -> None:
+        self.started = threading.Event()
+        self.closed = threading.Event()
+        self._silent = silent
+        self._token = make_env().dialogue.model_ids("a")[:1]
+
+    def service(self) -> ChatService:
+        agent = Agent(env=make_env(max_response_tokens=1_000_000), stream_interval=1)
+        return ChatService({"m": (agent, self)})
+
+    async def generate(
+        self, request: GenerationRequest, *, version: str | None = None
+    ) -> AsyncIterator[EngineChunk]:
+        zero = np.zeros(1, np.float32)
+        chunk = TokenChunk(
+            token_ids=self._token,
+            logprobs=zero,
+            entropies=zero,
+            policy_versions=np.zeros(1, np.int32),
+        )
+        self.started.set()
+        try:
+            while True:
+                if self._silent:
+                    await asyncio.Event().wait()
+                await asyncio.sleep(0)
+                yield EngineChunk(version="v1", tokens=chunk)
+        finally:
+            self.closed.set()

@@ -1,0 +1,50 @@
+"""Other weights while clients ask."""
+
+import pytest
+
+from tests.serving.served import Crowd, Served, until
+
+pytestmark = pytest.mark.slow
+
+NUM_CLIENTS = 32
+
+
+def test_weights_change_under_load_without_a_failure(
+    served: Served, weights: dict[str, str], versions: dict[str, str]
+) -> None:
+    old, new = versions["almanac"], versions["other"]
+    with Crowd(served, NUM_CLIENTS) as crowd:
+        until(lambda: crowd.has(NUM_CLIENTS, round=0))
+        answer = served.reload(model="almanac", checkpoint=weights["other"])
+        crowd.round = 1
+        until(lambda: crowd.has(2 * NUM_CLIENTS, round=1))
+    assert answer.json() == {"models": {"almanac": new}}
+    assert {reply.status for reply in crowd.replies} == {200}
+    assert {reply.error for reply in crowd.replies} == {None}
+    assert {reply.version for reply in crowd.replies} == {old, new}
+    assert {reply.version for reply in crowd.replies if reply.round == 1} == {new}
+    # Without a checkpoint the model's own source is looked at again.
+    assert served.reload(model="almanac").json() == {"models": {"almanac": old}}
+
+
+def test_an_engine_that_starts_later_has_the_new_weights(
+    served: Served, weights: dict[str, str], versions: dict[str, str]
+) -> None:
+    served.reload(model="almanac", checkpoint=weights["other"]).raise_for_status()
+    before = served.replicas("engine-0")
+    served.kill("engine-0")
+    until(lambda: bool(served.replicas("engine-0") - before))
+    until(lambda: served.client.get("/health").status_code == 200)
+    message = served.post(seed=1).raise_for_status().json()["choices"][0]["message"]
+    assert message["agent"]["version"] == versions["other"]
+    served.reload(model="almanac").raise_for_status()
+
+
+def test_weights_that_are_not_there_change_nothing(
+    served: Served, versions: dict[str, str]
+) -> None:
+    refused = served.reload(model="almanac", checkpoint="nowhere")
+    assert refused.status_code == 400
+    assert "nowhere" in refused.json()["error"]["message"]
+    message = served.post(seed=1).raise_for_status().json()["choices"][0]["message"]
+    assert message["agent"]["version"] == versions["almanac"]

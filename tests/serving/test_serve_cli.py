@@ -1,0 +1,200 @@
+"""`rllib-arpo serve` and `ServeArgs`: what is refused before anything starts."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx2
+import pytest
+import yaml
+from pydantic import ValidationError
+from ray._common.utils import import_attr
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+from ray.serve.schema import ServeDeploySchema
+
+import rllib_arpo.serving
+from rllib_arpo.agent_weights import find_weights
+from rllib_arpo.cli import main
+from rllib_arpo.cli_serving import is_loopback, name_and_source, serve_args
+from rllib_arpo.errors import ConfigError
+from rllib_arpo.serving.access import (
+    ADMIN_KEY_VARIABLE,
+    API_KEYS_VARIABLE,
+    hash_key,
+)
+from rllib_arpo.serving.serve_args import ServeArgs
+from tests.scripts import ROOT
+from tests.serving.served import ADMIN_KEY, Served, free_port, make_endless, until
+
+EXAMPLES = ROOT / "tuned_examples" / "serving"
+
+
+def error_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(sys, "argv", ["rllib-arpo", "--debug", "serve", *words])
+    with pytest.raises(ConfigError) as caught:
+        main()
+    return str(caught.value)
+
+
+def test_other_machines_are_not_served_without_keys(
+    almanac_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(API_KEYS_VARIABLE, raising=False)
+    words = [almanac_model, "--host", "0.0.0.0"]
+    assert API_KEYS_VARIABLE in error_of(words, monkeypatch)
+
+
+def test_a_port_in_use_is_named(
+    almanac_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        words = [almanac_model, "--port", str(port)]
+        assert f"127.0.0.1:{port}" in error_of(words, monkeypatch)
+
+
+def test_a_checkpoint_that_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ["runs/nowhere", "--port", str(free_port())]
+    assert "runs/nowhere" in error_of(words, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [
+        *[("127.0.0.1", True), ("localhost", True), ("::1", True)],
+        *[("0.0.0.0", False), ("::", False), ("10.0.0.1", False), ("a.b", False)],
+    ],
+)
+def test_hosts_of_this_machine_alone(host: str, own: bool) -> None:
+    assert is_loopback(host) is own
+
+
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("runs/a", (None, "runs/a")),
+        ("a=runs/a", ("a", "runs/a")),
+        ("runs/lr=1/a", (None, "runs/lr=1/a")),
+        ("a=models:/m@champion", ("a", "models:/m@champion")),
+    ],
+)
+def test_a_checkpoint_may_have_a_name(word: str, parts: tuple[str | None, str]) -> None:
+    assert name_and_source(word) == parts
+
+
+def test_several_checkpoints_need_names() -> None:
+    with pytest.raises(ConfigError, match="NAME=CHECKPOINT"):
+        serve_args(["a", "b=b"], (), None, {})
+
+
+def test_keys_are_hashed_before_they_go_anywhere() -> None:
+    args = serve_args(["a"], ("secret",), "admin", {})
+    assert args.http().api_key_hashes == (hash_key("secret"),)
+    assert args.http().admin_key_hash == hash_key("admin")
+    assert "secret" not in repr(args)
+
+
+def test_texts_of_serve_run_become_values() -> None:
+    args = ServeArgs.model_validate(
+        {
+            "models": json.dumps([{"name": "a", "checkpoint": "b"}]),
+            "max_engines": "3",
+            "engine_kwargs": '{"max_batch": 2}',
+            "num_gpus": "0.5",
+        }
+    )
+    assert args.models[0].checkpoint == "b"
+    assert (args.max_engines, args.num_gpus) == (3, 0.5)
+    assert args.engine_kwargs == {"max_batch": 2}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {"checkpoint": "a", "models": [{"name": "a", "checkpoint": "a"}]},
+        {"checkpoint": "a", "nonsense": 1},
+        {"checkpoint": "a", "min_engines": 3, "max_engines": 2},
+        {"checkpoint": "a", "engine_kwargs": "{"},
+        {"models": 2 * [{"name": "a", "checkpoint": "a"}]},
+    ],
+)
+def test_arguments_that_cannot_work_are_refused(wrong: dict) -> None:
+    with pytest.raises(ValidationError):
+        ServeArgs.model_validate(wrong)
+
+
+@pytest.mark.parametrize("file", ["quickstart.yaml", "rayservice.yaml"])
+def test_the_examples_are_configurations_of_serve(file: str) -> None:
+    config = yaml.safe_load((EXAMPLES / file).read_text())
+    if file == "rayservice.yaml":
+        assert (config["apiVersion"], config["kind"]) == ("ray.io/v1", "RayService")
+        config = yaml.safe_load(config["spec"]["serveConfigV2"])
+    (app,) = ServeDeploySchema.model_validate(config).applications
+    module, name = app.import_path.split(":")
+    assert module == rllib_arpo.serving.__name__
+    assert name in rllib_arpo.serving.__all__
+    assert ServeArgs.model_validate(app.args).models
+
+
+def test_the_package_does_not_import_serve() -> None:
+    code = "import sys, rllib_arpo.serving; print('ray.serve' in sys.modules)"
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == "False"
+
+
+def test_serve_run_can_build_the_application(almanac_model: str) -> None:
+    builder = import_attr("rllib_arpo.serving:build_app")
+    app = call_user_app_builder_with_args_if_necessary(
+        builder, {"checkpoint": almanac_model, "max_agents": "2"}
+    )
+    assert app._bound_deployment.name == "agent"
+
+
+def is_up(client: httpx2.Client) -> bool:
+    try:
+        return client.get("/health").status_code == 200
+    except httpx2.TransportError:
+        return False
+
+
+@pytest.mark.slow
+def test_an_application_of_a_file_takes_other_weights_too(
+    almanac_model: str, tmp_path: Path
+) -> None:
+    port = free_port()
+    config = yaml.safe_load((EXAMPLES / "quickstart.yaml").read_text())
+    config["http_options"]["port"] = port
+    (app,) = config["applications"]
+    app["args"]["models"] = [{"name": "almanac", "checkpoint": almanac_model}]
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    other = make_endless(almanac_model, tmp_path / "endless")
+    process = subprocess.Popen(
+        [str(Path(sys.executable).with_name("serve")), "run", str(file)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", ADMIN_KEY_VARIABLE: ADMIN_KEY},
+    )
+    with httpx2.Client(base_url=f"http://127.0.0.1:{port}") as client, process:
+        server = Served(pid=process.pid, url=str(client.base_url), client=client)
+        try:
+            until(lambda: is_up(client))
+            before = server.replicas("engine-0")
+            reply = server.reload(checkpoint=str(other))
+            assert reply.json() == {
+                "models": {"almanac": find_weights(str(other)).version}
+            }
+            assert server.replicas("engine-0") == before
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=60)
