@@ -37,6 +37,10 @@ from rllib_arpo.cli_options import (
     Seed,
     refuse_all_but,
 )
+from rllib_arpo.cli_plot import plot
+from rllib_arpo.cli_serve import serve
+from rllib_arpo.cli_tune import tune
+from rllib_arpo.cli_view import view
 from rllib_arpo.errors import ARPOError, ConfigError
 
 PACKAGES = (
@@ -136,6 +140,12 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="Folder of a run to go on with.")
     ] = None,
+    mlflow: Annotated[
+        str | None,
+        typer.Option(
+            help='Track in MLflow at this URI; "default": MLFLOW_* or a file.'
+        ),
+    ] = None,
 ) -> None:
     """Train by ARPO, from a config file, from flags, or on from a checkpoint."""
     from rllib_arpo.cli_config import config_of_file, config_of_flags
@@ -146,7 +156,9 @@ def train(
         resume_run(resume, iterations)
         return
     if config is not None:
-        refuse_all_but(context, str(config), "config", "model", "iterations", "out")
+        refuse_all_but(
+            context, str(config), *("config", "model", "iterations", "out", "mlflow")
+        )
         built = config_of_file(config, model)
     elif data is None or model is None:
         raise ConfigError(
@@ -178,7 +190,7 @@ def train(
             num_saved_trees=None if save_trees < 0 else save_trees,
             seed=seed,
         )
-    start_run(built, out, iterations)
+    start_run(built, out, iterations, mlflow=mlflow, data_files=(data,) if data else ())
 
 
 @app.command()
@@ -246,6 +258,10 @@ def export_traces(
 
 
 app.command()(evaluate)
+app.command()(plot)
+app.command()(tune)
+app.command()(serve)
+app.command()(view)
 
 
 @app.command()

@@ -5,6 +5,7 @@ import os
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,8 +70,22 @@ def num_actors_of(checkpoint: Path) -> int:
     return num_actors(settings_of(checkpoint))
 
 
-def start_run(config: ARPOConfig, folder: Path, iterations: int) -> None:
+def start_run(
+    config: ARPOConfig,
+    folder: Path,
+    iterations: int,
+    *,
+    mlflow: str | None = None,
+    data_files: tuple[str, ...] = (),
+) -> None:
     """Train from the start, into a new folder.
+
+    Args:
+        config: of the algorithm.
+        folder: of the run.
+        iterations: to stop after.
+        mlflow: URI of the store to track it in, "default" for the usual one.
+        data_files: whose hashes MLflow gets.
 
     Raises:
         ConfigError: the config cannot work, or the folder holds a run already.
@@ -80,6 +95,8 @@ def start_run(config: ARPOConfig, folder: Path, iterations: int) -> None:
     if config.engine_log_dir is None:
         config.engine(log_dir=str(run.folder / "logs"))
     run.write_config(config)
+    if mlflow is not None:
+        _track(config, run, None if mlflow == "default" else mlflow, data_files)
     with started_ray(num_actors(vars(config))):
         with Console().waiting(
             f"Start the actors and the engine ({config.engine_name})"
@@ -109,15 +126,30 @@ def resume_run(folder: Path, iterations: int) -> None:
         _train(algorithm, run, iterations)
 
 
+def _track(
+    config: ARPOConfig, run: Run, uri: str | None, data_files: tuple[str, ...]
+) -> None:
+    from rllib_arpo.tracking.mlflow import MLflowCallback
+
+    given = config.callbacks_class
+    callback = partial(
+        MLflowCallback, folder=run.folder, uri=uri, data_files=data_files
+    )
+    config.callbacks([*(given if isinstance(given, list) else [given]), callback])  # type: ignore[list-item]
+
+
 def restore(checkpoint: Path) -> ARPO:
     """The algorithm of a checkpoint, at the iteration where it was saved."""
     return cast(ARPO, ARPO.from_checkpoint(str(checkpoint)))
 
 
 def _train(algorithm: ARPO, run: Run, iterations: int) -> None:
+    from rllib_arpo.tracking.mlflow import end_tracking
+
     console = Console()
     stage = type(algorithm).__name__
     records: list[Record] = []
+    status = "FAILED"
     try:
         with console.progress(iterations, stage, done=algorithm.iteration) as advance:
 
@@ -133,10 +165,13 @@ def _train(algorithm: ARPO, run: Run, iterations: int) -> None:
                 num_iterations=iterations,
                 stage=stage,
                 on_iteration=note,
+                on_alarm=console.alarm,
             )
         run.save_checkpoint(algorithm)
         algorithm.save_pretrained(run.model)
+        status = "FINISHED"
     except KeyboardInterrupt:
+        status = "KILLED"
         console.say(
             f"Stopped; iteration {algorithm.iteration} is saved. Go on with: "
             f"rllib-arpo train --resume {run.folder} --iterations {iterations}"
@@ -144,6 +179,7 @@ def _train(algorithm: ARPO, run: Run, iterations: int) -> None:
         raise typer.Exit(130) from None
     finally:
         algorithm.stop()
+        end_tracking(algorithm, status=status)
     console.times(records)
     curves = run.plot()
     console.say(f"Model: {run.model}. Checkpoint: {run.checkpoint}. Curves: {curves}.")

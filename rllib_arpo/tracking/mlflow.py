@@ -1,0 +1,357 @@
+"""Training in MLflow: a callback for RLlib. That for Tune is in `mlflow_tune.py`.
+
+    config.callbacks(functools.partial(MLflowCallback, folder="runs/x"))
+    config.callbacks(MLflowCallback)       # in the algorithm's own log folder
+
+What MLflow gets: the settings that differ from the defaults, the named metrics with the
+iteration as step, the machine's load, alarms and the git commit as tags, where the
+checkpoints and the model are (nothing is copied), some trees as traces, and the model
+of the best evaluation, registered. All of it goes through a buffer on disk, see
+`mlflow_buffer.py`: a server that is away never stops training.
+"""
+
+import atexit
+import hashlib
+import json
+import logging
+import shutil
+import subprocess
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ray.rllib.callbacks.callbacks import RLlibCallback
+
+from rllib_arpo.alarms import ALARMS
+from rllib_arpo.config import ARPOConfig
+from rllib_arpo.errors import ARPOError
+from rllib_arpo.metrics import NUM_TOKENS_SAMPLED
+from rllib_arpo.runs import Record, changed_settings, record_of
+from rllib_arpo.tracking.mlflow_buffer import Buffer, RunSpec
+from rllib_arpo.tracking.mlflow_store import EXPERIMENT, tracking_uri
+from rllib_arpo.tracking.mlflow_traces import tree_trace
+from rllib_arpo.tracking.registry import CHAMPION
+
+logger = logging.getLogger(__name__)
+
+BUFFER_FOLDER = "mlflow"
+BEST_FILE = "best.json"
+EVAL_ACCURACY = "eval_accuracy"
+SYSTEM_INTERVAL_S = 10.0
+# Text for people; the rest of a config's numbers are the user's own.
+MAX_LISTED = 20
+
+
+class MLflowCallback(RLlibCallback):
+    """Tracks a training. RLlib makes one in every process; one with a run tracks.
+
+    Args:
+        folder: of the run; a run that is there is gone on with. None: the algorithm's
+            log folder, which a restored algorithm does not share.
+        uri: of the store; None: as in `mlflow_store.tracking_uri`.
+        experiment: name in MLflow.
+        name: of the MLflow run; None: that of the folder.
+        tags: further ones.
+        num_traced_trees: of the saved trees of an iteration, to become traces. It has
+            no effect beyond `num_saved_trees` of the config.
+        registered_model: name under which the best evaluation's model is registered;
+            None registers none.
+        data_files: their hashes become tags.
+        system_metrics: whether the machine's load is tracked.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: str | Path | None = None,
+        uri: str | None = None,
+        experiment: str = EXPERIMENT,
+        name: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        num_traced_trees: int = 1,
+        registered_model: str | None = "arpo-agent",
+        data_files: tuple[str, ...] = (),
+        system_metrics: bool = True,
+    ) -> None:
+        super().__init__()
+        self._folder = folder
+        self._uri = tracking_uri(uri)
+        self._experiment = experiment
+        self._name = name
+        self._given_tags = dict(tags or {})
+        self._num_traced_trees = num_traced_trees
+        self._registered_model = registered_model
+        self._data_files = data_files
+        self._system_metrics = system_metrics
+        self._system: SystemMetrics | None = None
+        self.buffer: Buffer | None = None
+
+    def open(self, folder: str | Path, config: Any, *, stage: str) -> None:
+        """Open the run of a folder, or make it, and log what does not change.
+
+        The first iteration does so: an algorithm that only evaluates is not tracked.
+
+        Args:
+            folder: of the run.
+            config: of the algorithm.
+            stage: name of the algorithm.
+
+        Raises:
+            OSError: the folder cannot be written.
+            CheckpointError: likewise.
+        """
+        folder = Path(folder).absolute()
+        self.buffer = Buffer(
+            folder / BUFFER_FOLDER,
+            RunSpec(
+                uri=self._uri,
+                experiment=self._experiment,
+                name=self._name or folder.name,
+            ),
+        )
+        self.buffer.add("status", {"status": "RUNNING"})
+        self.buffer.params(parameters(config))
+        self.buffer.tags(
+            {
+                **self._given_tags,
+                "algorithm": stage,
+                **git_tags(),
+                **file_tags(self._data_files),
+                "run_folder": folder.as_uri(),
+                "checkpoints": (folder / "checkpoints").as_uri(),
+                "model_folder": (folder / "model").as_uri(),
+            }
+        )
+        if self._system_metrics:
+            self._system = SystemMetrics(self.buffer)
+        atexit.register(self.close)
+
+    def on_train_result(
+        self,
+        *,
+        algorithm: Any,
+        metrics_logger: Any = None,
+        result: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        """Log an iteration."""
+        stage = type(algorithm).__name__
+        try:
+            if self.buffer is None:
+                folder = self._folder or algorithm.logdir
+                self.open(folder, algorithm.config, stage=stage)
+            record = record_of(result, stage=stage)
+            self.log_iteration(record, result.get(ALARMS, ()))
+            self._log_trees(record, getattr(algorithm, "saved_trees", ()))
+            self._register_best(record, algorithm)
+        except (OSError, ARPOError) as error:  # a full disk, for example
+            logger.warning("an iteration is not tracked in MLflow: %s", error)
+
+    def log_iteration(self, record: Record, alarms: Any = ()) -> None:
+        """Log an iteration's record and what rang in it."""
+        assert self.buffer is not None
+        log_record(self.buffer, record, alarms)
+
+    def close(self, timeout_s: float = 10.0, *, status: str = "FINISHED") -> bool:
+        """End the run; whether MLflow has everything.
+
+        What it lacks is sent by the next training in the folder.
+        """
+        atexit.unregister(self.close)
+        if self._system is not None:
+            self._system.stop()
+        buffer, self.buffer = self.buffer, None
+        if buffer is None:
+            return True
+        buffer.add("status", {"status": status})
+        return buffer.close(timeout_s)
+
+    def _log_trees(self, record: Record, trees: Any) -> None:
+        assert self.buffer is not None
+        tokens = record.get(NUM_TOKENS_SAMPLED, 0.0)
+        share_s = record["time_generate_s"] / tokens if tokens else 0.0
+        for tree in trees[: self._num_traced_trees]:
+            trace = tree_trace(
+                tree,
+                seconds_per_token=share_s,
+                tags={"iteration": str(record["iteration"])},
+            )
+            self.buffer.add("trace", {"trace": trace})
+
+    def _register_best(self, record: Record, algorithm: Any) -> None:
+        accuracy = record.get(EVAL_ACCURACY)
+        if accuracy is None or self._registered_model is None:
+            return
+        assert self.buffer is not None
+        best = self.buffer.folder / BEST_FILE
+        before = json.loads(best.read_text())["accuracy"] if best.exists() else None
+        if before is not None and accuracy <= before:
+            return
+        folders = self.buffer.folder / "best"
+        folder = folders / f"iteration_{record['iteration']:06d}"
+        save_agent_of(algorithm, folder)
+        best.write_text(json.dumps({"accuracy": accuracy, "folder": str(folder)}))
+        self.buffer.add(
+            "model",
+            {
+                "folder": str(folder),
+                "name": self._registered_model,
+                "alias": CHAMPION,
+                "tags": {
+                    "iteration": str(record["iteration"]),
+                    EVAL_ACCURACY: f"{accuracy:.4f}",
+                },
+            },
+        )
+        for older in folders.iterdir():
+            if older != folder:
+                shutil.rmtree(older, ignore_errors=True)
+
+
+def save_agent_of(algorithm: Any, folder: Path) -> None:
+    """An algorithm's model with the rest of its agent, ready to be served.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    from rllib_arpo.agents import agent_of_config, save_agent
+
+    algorithm.save_pretrained(folder)
+    save_agent(agent_of_config(algorithm.config), folder)
+
+
+def parameters(config: Any) -> dict[str, str]:
+    """What the user set, as MLflow's parameters: nested settings by dotted names."""
+    changed = (
+        changed_settings(config) if isinstance(config, ARPOConfig) else dict(config)
+    )
+    changed.pop("callbacks_class", None)
+    return _flat(changed)
+
+
+def end_tracking(algorithm: Any, *, status: str = "FINISHED") -> None:
+    """End the MLflow runs of an algorithm's callbacks, see `MLflowCallback.close`."""
+    callbacks = algorithm.callbacks
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if isinstance(callback, MLflowCallback):
+            callback.close(status=status)
+
+
+def log_record(buffer: Buffer, record: Record, alarms: Any = ()) -> None:
+    """Log an iteration's numbers, and a tag per alarm."""
+    numbers = {
+        name: float(value)
+        for name, value in record.items()
+        if isinstance(value, int | float) and name != "iteration"
+    }
+    step = int(record["iteration"])
+    buffer.metrics(numbers, step=step)
+    if alarms:
+        buffer.tags(
+            {
+                f"alarm.{alarm['name']}": f"iteration {step}: {alarm['message']} "
+                f"{alarm['advice']}"
+                for alarm in alarms
+            }
+        )
+
+
+def git_tags() -> dict[str, str]:
+    """The commit of the working folder, and whether files differ from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        changed = bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"mlflow.source.git.commit": commit, "git_changed": str(changed).lower()}
+
+
+def file_tags(files: tuple[str, ...]) -> dict[str, str]:
+    """SHA-256 of files by their names; what is no local file is left out."""
+    tags = {}
+    for file in map(Path, files):
+        if file.is_file():
+            with file.open("rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            tags[f"data.{file.name}"] = f"sha256:{digest}"
+    return tags
+
+
+class SystemMetrics:
+    """Logs the machine's load in a thread, as MLflow names it.
+
+    Args:
+        buffer: of the run.
+        interval_s: between two samples.
+    """
+
+    def __init__(self, buffer: Buffer, interval_s: float = SYSTEM_INTERVAL_S) -> None:
+        self._buffer = buffer
+        self._interval_s = interval_s
+        self._stopped = threading.Event()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def stop(self) -> None:
+        """Take no more samples."""
+        self._stopped.set()
+
+    def _run(self) -> None:
+        try:
+            monitors = _monitors()
+            step = 0
+            while not self._stopped.is_set():
+                for monitor in monitors:
+                    monitor.collect_metrics()
+                    values = monitor.aggregate_metrics()
+                    monitor.clear_metrics()
+                    self._buffer.metrics(
+                        {f"system/{name}": value for name, value in values.items()},
+                        step=step,
+                    )
+                step += 1
+                self._stopped.wait(self._interval_s)
+        except Exception as error:  # boundary: a sensor fails, or the buffer is closed
+            logger.debug("the machine's load is not tracked any more: %s", error)
+
+
+def _monitors() -> list[Any]:
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    try:
+        monitors.append(GPUMonitor())
+    except Exception as error:  # boundary: without a GPU or its library
+        logger.debug("no GPU to monitor: %s", error)
+    return monitors
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{name.lstrip('_')}.")
+        elif not callable(value) or isinstance(value, type):
+            flat[f"{prefix}{name.lstrip('_')}"] = _text(value)
+        else:
+            flat[f"{prefix}{name.lstrip('_')}"] = getattr(
+                value, "__qualname__", type(value).__name__
+            )
+    return flat
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, type):
+        return value.__qualname__
+    if isinstance(value, list | tuple) and len(value) > MAX_LISTED:
+        return f"{len(value)} items"
+    return str(value)

@@ -1,0 +1,190 @@
+"""From the lines of a buffer to calls of MLflow: the thread's side.
+
+A call that fails because of the server is raised, and tried again; a line that MLflow
+refuses (an illegal name, a deleted run) goes to `refused.jsonl`, so that it does not
+hold up the others.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rllib_arpo.storage import write_whole
+from rllib_arpo.tracking.mlflow_buffer import (
+    REFUSED_FILE,
+    RUN_ID_FILE,
+    RunSpec,
+    read_run_id,
+)
+from rllib_arpo.tracking.mlflow_store import experiment_id, open_client
+from rllib_arpo.tracking.mlflow_traces import send_trace
+from rllib_arpo.tracking.registry import register_model
+
+logger = logging.getLogger(__name__)
+
+KEY_TAG = "rllib_arpo.buffer"
+PARENT_TAG = "mlflow.parentRunId"
+# Of MLflow's REST interface, for one call.
+MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100
+MAX_PARAM_CHARS, MAX_TAG_CHARS = 6000, 5000
+REFUSALS = (
+    "INVALID_PARAMETER_VALUE",
+    "RESOURCE_DOES_NOT_EXIST",
+    "RESOURCE_ALREADY_EXISTS",
+    "BAD_REQUEST",
+    "INVALID_STATE",
+)
+
+
+class ParentMissingError(Exception):
+    """The parent run is not there yet; it is tried again."""
+
+
+class Sender:
+    """Sends lines to one run, which it makes first if there is none.
+
+    Args:
+        folder: of the buffer.
+        spec: of the run.
+    """
+
+    def __init__(self, folder: Path, spec: RunSpec) -> None:
+        self._folder = folder
+        self._spec = spec
+        self._client = open_client(spec.uri)
+        self._run_id = ""
+        self._experiment = ""
+
+    def send(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Send lines in order.
+
+        Raises:
+            MlflowException: the server is away; nothing is lost by sending all again.
+        """
+        if not self._run_id:
+            self._run_id = self._find_run() or self._make_run()
+            self._experiment = self._client.get_run(self._run_id).info.experiment_id
+        numbers = [line for line in lines if line["kind"] == "metrics"]
+        self._or_refuse(self._metrics, numbers)
+        for line in lines:
+            if line["kind"] != "metrics":
+                self._or_refuse(self._one, [line])
+
+    def _find_run(self) -> str | None:
+        known = self._spec.run_id or read_run_id(self._folder)
+        if known is not None:
+            return known
+        found = self._client.search_runs(
+            [experiment_id(self._client, self._spec.experiment)],
+            f"tags.`{KEY_TAG}` = '{self._spec.key}'",
+            max_results=1,
+        )
+        return self._noted(found[0].info.run_id) if found else None
+
+    def _make_run(self) -> str:
+        tags = {**self._spec.tags, KEY_TAG: self._spec.key}
+        if self._spec.parent is not None:
+            parent = read_run_id(self._spec.parent)
+            if parent is None:
+                raise ParentMissingError(f"no run in {self._spec.parent} yet")
+            tags[PARENT_TAG] = parent
+        run = self._client.create_run(
+            experiment_id(self._client, self._spec.experiment),
+            tags=tags,
+            run_name=self._spec.name or None,
+        )
+        return self._noted(run.info.run_id)
+
+    def _noted(self, run_id: str) -> str:
+        write_whole(self._folder / RUN_ID_FILE, run_id)
+        return run_id
+
+    def _metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(name, float(value), line["time_ms"], line["step"])
+            for line in lines
+            for name, value in line["values"].items()
+            if math.isfinite(value)
+        ]
+        for batch in _batches(metrics, MAX_METRICS):
+            self._client.log_batch(self._run_id, metrics=batch)
+
+    def _one(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        (line,) = lines
+        kinds: dict[str, Callable[[Mapping[str, Any]], None]] = {
+            "params": self._params,
+            "tags": self._tags,
+            "trace": self._trace,
+            "model": self._model,
+            "status": self._status,
+        }
+        kinds[line["kind"]](line)
+
+    def _params(self, line: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        known = self._client.get_run(self._run_id).data.params
+        params = [
+            Param(name, str(value)[:MAX_PARAM_CHARS])
+            for name, value in line["values"].items()
+            if name not in known
+        ]
+        for batch in _batches(params, MAX_PARAMS):
+            self._client.log_batch(self._run_id, params=batch)
+
+    def _tags(self, line: Mapping[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        tags = [
+            RunTag(name, str(value)[:MAX_TAG_CHARS])
+            for name, value in line["values"].items()
+        ]
+        for batch in _batches(tags, MAX_TAGS):
+            self._client.log_batch(self._run_id, tags=batch)
+
+    def _trace(self, line: Mapping[str, Any]) -> None:
+        send_trace(self._client, line["trace"], self._experiment, self._run_id)
+
+    def _model(self, line: Mapping[str, Any]) -> None:
+        if not Path(line["folder"]).is_dir():
+            return  # a better one came before this one was sent
+        register_model(
+            line["folder"],
+            line["name"],
+            alias=line["alias"],
+            run_id=self._run_id,
+            tags=line["tags"],
+            uri=self._spec.uri,
+        )
+
+    def _status(self, line: Mapping[str, Any]) -> None:
+        if line["status"] == "RUNNING":
+            self._client.update_run(self._run_id, status="RUNNING")
+        else:
+            self._client.set_terminated(self._run_id, status=line["status"])
+
+    def _or_refuse(
+        self,
+        send: Callable[[Sequence[Mapping[str, Any]]], None],
+        lines: Sequence[Mapping[str, Any]],
+    ) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            send(lines)
+        except MlflowException as error:
+            if error.error_code not in REFUSALS:
+                raise
+            logger.warning("MLflow refuses what was logged: %s", error)
+            with (self._folder / REFUSED_FILE).open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,62 @@
+"""Which MLflow store: the usual variables, or a sqlite file in this folder.
+
+Without `MLFLOW_TRACKING_URI` runs and models are in `mlruns.db` of the working folder,
+their files in `mlruns/` beside it.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DATABASE = "mlruns.db"
+EXPERIMENT = "rllib-arpo"
+# A server that hangs is tried again later, by us: its client would wait for minutes.
+PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+}
+
+
+def tracking_uri(uri: str | None = None) -> str:
+    """The store: `uri`, else that of the environment, else the local file."""
+    local = f"sqlite:///{Path.cwd() / DATABASE}"
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or local
+
+
+def open_client(uri: str | None = None) -> "MlflowClient":
+    """A client of the store, and of its registry unless MLFLOW_REGISTRY_URI is set."""
+    from mlflow import MlflowClient
+
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
+    uri = tracking_uri(uri)
+    return MlflowClient(
+        tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri
+    )
+
+
+def experiment_id(client: "MlflowClient", name: str) -> str:
+    """The experiment of that name, made when there is none."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, _artifacts_beside(client))
+        except MlflowException:  # another process was faster, or the store is lost
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    return found.experiment_id
+
+
+def _artifacts_beside(client: "MlflowClient") -> str | None:
+    """The folder for artifacts of a sqlite file; a server has its own."""
+    scheme = "sqlite:///"
+    uri = client.tracking_uri
+    if not uri.startswith(scheme):
+        return None
+    return (Path(uri.removeprefix(scheme)).absolute().parent / "mlruns").as_uri()

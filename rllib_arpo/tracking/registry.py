@@ -1,0 +1,179 @@
+"""Models in MLflow's registry: put an agent there, and get it back.
+
+    register_model("runs/x/model", "almanac")      -> version "1", alias champion
+    fetch_model("models:/almanac@champion")        -> its folder and its version
+
+A registered model holds a Hugging Face folder with `agent.pkl` beside the weights, and
+answers through `mlflow models serve` too, see `mlflow_model.py`.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rllib_arpo.errors import ConfigError
+from rllib_arpo.tracking.mlflow_store import EXPERIMENT, experiment_id, open_client
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+SCHEME = "models:/"
+CHAMPION = "champion"
+# Where a registered model holds the agent's folder.
+AGENT_FOLDER = "data/agent"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchedModel:
+    """A registered model on this machine.
+
+    Attributes:
+        folder: Hugging Face files, and `agent.pkl` if it was registered with it. That
+            of the store where it is local; it is not to be changed.
+        version: in the registry, such as "3".
+    """
+
+    folder: Path
+    version: str
+
+
+def register_model(
+    folder: str | Path,
+    name: str,
+    *,
+    alias: str | None = CHAMPION,
+    run_id: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    uri: str | None = None,
+) -> str:
+    """Copy an agent's folder into the store and register it.
+
+    Args:
+        folder: Hugging Face files, with `agent.pkl` if it is to answer with tools.
+        name: of the registered model, made when there is none.
+        alias: moved to the new version; None moves none.
+        run_id: the MLflow run that it came from.
+        tags: of the version.
+        uri: of the store; None: as in `mlflow_store.tracking_uri`.
+
+    Returns:
+        The version.
+
+    Raises:
+        ConfigError: the folder holds no model, or the store refuses or is away.
+    """
+    from rllib_arpo.tracking.mlflow_model import save_model
+
+    if not (Path(folder) / "config.json").is_file():
+        raise ConfigError(f"{folder} holds no Hugging Face model: no config.json")
+    with _store_errors(f"{folder} cannot be registered as {name!r}"):
+        client = open_client(uri)
+        with tempfile.TemporaryDirectory() as scratch:
+            saved = save_model(folder, Path(scratch) / "model")
+            model_id, location = _log_model(client, saved, name, run_id)
+        _make_registered(client, name)
+        version = client.create_model_version(
+            name,
+            source=location,
+            run_id=run_id,
+            # Linked by a tag: `model_id=` is looked up in the store of the process.
+            tags={**(tags or {}), "model_id": model_id},
+        ).version
+        if alias is not None:
+            client.set_registered_model_alias(name, alias, str(version))
+    return str(version)
+
+
+def fetch_model(uri: str) -> FetchedModel:
+    """The agent's folder of a registered model, downloaded if the store is not local.
+
+    Args:
+        uri: "models:/name@alias" or "models:/name/3", in the store that the
+            environment names.
+
+    Raises:
+        ConfigError: it is no such URI, there is no such model, it was not registered by
+            `register_model`, or the store is away.
+    """
+    from mlflow.artifacts import download_artifacts
+
+    name, _ = _parse(uri)
+    version = model_version(uri)
+    with _store_errors(f"{uri} cannot be fetched"):
+        client = open_client()
+        local = download_artifacts(
+            artifact_uri=client.get_model_version_download_uri(name, version),
+            tracking_uri=client.tracking_uri,
+        )
+    folder = Path(local) / AGENT_FOLDER
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{uri} holds no agent: register it with rllib_arpo.tracking.registry"
+        )
+    return FetchedModel(folder=folder, version=version)
+
+
+def model_version(uri: str) -> str:
+    """The version that a URI of a registered model means now, such as "3".
+
+    Raises:
+        ConfigError: it is no such URI, there is no such model, or the store is away.
+    """
+    name, which = _parse(uri)
+    with _store_errors(f"{uri} cannot be found"):
+        client = open_client()
+        if which.isdecimal():
+            return str(client.get_model_version(name, which).version)
+        return str(client.get_model_version_by_alias(name, which).version)
+
+
+def _parse(uri: str) -> tuple[str, str]:
+    """Name, and version or alias."""
+    body = uri.removeprefix(SCHEME)
+    name, alias_mark, alias = body.partition("@")
+    if not alias_mark:
+        name, _, alias = body.partition("/")
+    wanted = bool(alias) if alias_mark else alias.isdecimal()
+    if not uri.startswith(SCHEME) or not name or not wanted or "/" in name + alias:
+        raise ConfigError(
+            f"{uri!r} names no registered model: give {SCHEME}NAME@ALIAS or "
+            f"{SCHEME}NAME/VERSION"
+        )
+    return name, alias
+
+
+def _log_model(
+    client: "MlflowClient", saved: Path, name: str, run_id: str | None
+) -> tuple[str, str]:
+    """Put a saved model into the store; its id and its place there."""
+    if run_id is None:
+        experiment = experiment_id(client, EXPERIMENT)
+    else:
+        experiment = client.get_run(run_id).info.experiment_id
+    logged = client.create_logged_model(experiment, name=name, source_run_id=run_id)
+    client.log_model_artifacts(logged.model_id, str(saved))
+    client.finalize_logged_model(logged.model_id, "READY")
+    return logged.model_id, logged.artifact_location
+
+
+def _make_registered(client: "MlflowClient", name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+@contextmanager
+def _store_errors(what: str) -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        raise ConfigError(f"{what} (MLflow): {error}") from error

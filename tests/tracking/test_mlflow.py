@@ -1,0 +1,207 @@
+"""Training in MLflow, with a real server that is killed and started again."""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from ray import tune
+
+from rllib_arpo.tracking.mlflow import MLflowCallback, end_tracking
+from rllib_arpo.tracking.mlflow_buffer import Buffer, RunSpec, send_later
+from rllib_arpo.tracking.mlflow_traces import tree_trace
+from rllib_arpo.tracking.mlflow_tune import TuneMLflowCallback
+from tests.browser import opened_chromium
+from tests.mlflow_server import MLflowServer
+from tests.tiny_runs import arpo_config, running, traces
+
+LIMIT_S = 20
+# Of MLflow's own use of its libraries.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
+    server = MLflowServer(tmp_path_factory.mktemp("mlflow_server"))
+    server.start()
+    yield server
+    server.kill()
+
+
+def local_uri(folder: Path) -> str:
+    return f"sqlite:///{folder / 'mlruns.db'}"
+
+
+def history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in client.get_metric_history(run_id, name)]
+
+
+def test_a_server_that_is_killed_and_restarted_has_all_exactly_once(
+    server, tmp_path
+) -> None:
+    buffer = Buffer(tmp_path / "buffer", RunSpec(uri=server.uri))
+    for step in range(3):
+        buffer.metrics({"reward": step / 2}, step=step)
+    assert buffer.flush(LIMIT_S)
+    run_id = buffer.run_id
+    assert run_id is not None
+
+    server.kill()
+    for step in range(3, 6):
+        buffer.metrics({"reward": step / 2}, step=step)
+    assert not buffer.close(timeout_s=0.0)
+
+    server.start()
+    assert send_later(tmp_path / "buffer", timeout_s=LIMIT_S)
+    # The whole outbox once more, as if no answer of the server had come back.
+    (tmp_path / "buffer" / "sent").write_text("0")
+    assert send_later(tmp_path / "buffer", timeout_s=LIMIT_S)
+    client = MlflowClient(server.uri)
+    assert history(client, run_id, "reward") == [(step, step / 2) for step in range(6)]
+
+
+def test_a_run_that_began_without_a_server_appears_once_there_is_one(tmp_path) -> None:
+    """And what a kill left of a last line is dropped."""
+    server = MLflowServer(tmp_path)
+    buffer = Buffer(tmp_path / "buffer", RunSpec(uri=server.uri, name="early"))
+    buffer.params({"lr": "0.1"})
+    assert not buffer.close(timeout_s=0.0)
+    with (tmp_path / "buffer" / "outbox.jsonl").open("a") as outbox:
+        outbox.write('{"kind": "par')
+
+    server.start()
+    try:
+        assert send_later(tmp_path / "buffer", timeout_s=LIMIT_S)
+        client = MlflowClient(server.uri)
+        (run,) = client.search_runs(["1"])
+        assert (run.info.run_name, run.data.params) == ("early", {"lr": "0.1"})
+    finally:
+        server.kill()
+
+
+def test_what_mlflow_refuses_does_not_hold_up_the_rest(tmp_path) -> None:
+    uri = local_uri(tmp_path)
+    buffer = Buffer(tmp_path / "buffer", RunSpec(uri=uri))
+    buffer.tags({"": "no name"})
+    buffer.metrics({"reward": 1.0}, step=7)
+    assert buffer.close(LIMIT_S)
+    assert buffer.run_id is not None
+    assert history(MlflowClient(uri), buffer.run_id, "reward") == [(7, 1.0)]
+    assert "no name" in (tmp_path / "buffer" / "refused.jsonl").read_text()
+
+
+def test_training_is_tracked_and_goes_on_in_the_same_run(
+    almanac_model, ray_session, tmp_path
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("{}\n")
+    uri = local_uri(tmp_path)
+    config = arpo_config(almanac_model).evaluation(evaluation_interval=1)
+    config.callbacks(
+        partial(
+            MLflowCallback,
+            folder=tmp_path / "run",
+            uri=uri,
+            data_files=(str(data),),
+            registered_model="tiny",
+        )
+    )
+    with running(config) as algorithm:
+        algorithm.train()
+        checkpoint = algorithm.save_to_path(str(tmp_path / "checkpoint"))
+        end_tracking(algorithm)
+    algorithm = type(algorithm).from_checkpoint(checkpoint)
+    algorithm.train()
+    end_tracking(algorithm)
+    algorithm.stop()
+
+    client = MlflowClient(uri, registry_uri=uri)
+    (run,) = client.search_runs(["1"])
+    assert [step for step, _ in history(client, run.info.run_id, "reward_mean")] == [
+        1,
+        2,
+    ]
+    assert run.info.status == "FINISHED"
+    assert run.data.params["lr"] == "0.001"
+    assert run.data.params["env_config.max_response_tokens"] == "48"
+    assert len(run.data.params) < 40
+    # printf '{}\n' | sha256sum
+    assert run.data.tags["data.rows.jsonl"].startswith(
+        "sha256:ca3d163bab055381827226140"
+    )
+    assert any(name.startswith("system/") for name in run.data.metrics)
+    assert client.get_model_version_by_alias("tiny", "champion").run_id == (
+        run.info.run_id
+    )
+    traces = client.search_traces(locations=["1"])
+    assert sorted(trace.info.tags["iteration"] for trace in traces) == ["1", "2"]
+
+
+def test_a_sweep_is_a_parent_run_with_a_child_per_trial(
+    almanac_model, ray_session, tmp_path
+) -> None:
+    uri = local_uri(tmp_path)
+    config = arpo_config(almanac_model).training(lr=tune.grid_search([1e-4, 1e-3]))
+    results = tune.Tuner(
+        "ARPO",
+        param_space=config,
+        run_config=tune.RunConfig(
+            stop={"training_iteration": 1},
+            storage_path=str(tmp_path / "ray"),
+            verbose=0,
+            callbacks=[TuneMLflowCallback(tmp_path / "sweep", uri=uri)],
+        ),
+    ).fit()
+    assert not results.errors
+    client = MlflowClient(uri)
+    runs = client.search_runs(["1"])
+    (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    children = [r for r in runs if r is not parent]
+    assert {r.data.tags["mlflow.parentRunId"] for r in children} == {parent.info.run_id}
+    assert sorted(r.data.params["lr"] for r in children) == ["0.0001", "0.001"]
+    assert all("reward_mean" in r.data.metrics for r in children)
+
+
+def test_the_web_page_shows_a_tree_with_its_turns_and_tools(
+    server, almanac_model, tmp_path
+) -> None:
+    (tree,) = traces(almanac_model, 1)
+    buffer = Buffer(tmp_path / "buffer", RunSpec(uri=server.uri, experiment="page"))
+    buffer.add("trace", {"trace": tree_trace(tree, seconds_per_token=1e-3)})
+    assert buffer.close(LIMIT_S)
+    experiment = MlflowClient(server.uri).get_experiment_by_name("page")
+    (trace,) = MlflowClient(server.uri).search_traces(
+        locations=[experiment.experiment_id]
+    )
+    with opened_chromium() as browser:
+        page = browser.new_page()
+        page.goto(
+            f"{server.uri}/#/experiments/{experiment.experiment_id}/traces"
+            f"?selectedEvaluationId={trace.info.trace_id}"
+        )
+        question = tree.task.messages[-1].content
+        page.get_by_text(question).first.wait_for()
+        page.get_by_text("turn", exact=True).first.wait_for()
+        page.get_by_text("search", exact=True).first.wait_for()
+
+
+def test_a_trace_has_a_span_per_turn_and_per_tool_call(almanac_model) -> None:
+    (tree,) = traces(almanac_model, 1)
+    made = json.loads(json.dumps(tree_trace(tree, seconds_per_token=0.5)))
+    spans = made["spans"]
+    tools = [s for s in tree.segments if s.tool_call is not None]
+    assert sum(span["span_type"] == "LLM" for span in spans) == len(tree)
+    assert [s["outputs"]["result"] for s in spans if s["span_type"] == "TOOL"] == [
+        tool.text for tool in tools
+    ]
+    turn = next(span for span in spans if span["span_type"] == "LLM")
+    tokens = len(next(s for s in tree.segments if s.role == "model").token_ids)
+    assert turn["end"] - turn["start"] == tokens * 500_000_000
+    assert turn["attributes"]["prompt_tokens"] == len(tree.segments[0].token_ids)

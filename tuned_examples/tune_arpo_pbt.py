@@ -1,0 +1,47 @@
+"""Population based training: bad trials copy good ones and vary their settings.
+
+rllib-arpo tune tuned_examples/tune_arpo_pbt.py --out runs/population
+"""
+
+from typing import Any
+
+from almanac_base import almanac_config
+from ray import tune
+from ray.tune.schedulers import PopulationBasedTraining
+
+POPULATION = 4
+NUM_ITERATIONS = 30
+
+
+def make_tuner(storage_path: str) -> tune.Tuner:
+    """The population; two trials at a time, each on one core."""
+    lr = tune.loguniform(3e-4, 1e-2)
+    weight: Any = tune.uniform(0.0, 1.0)
+    # Tune draws a value for each trial wherever a domain stands.
+    config: Any = (
+        almanac_config()
+        .tree_rollout(branch_rule="bernoulli", branch_entropy_weight=weight)
+        .training(lr=lr)
+        .env_runners(num_env_runners=0)
+        .learners(num_learners=0)
+    )
+    return tune.Tuner(
+        "ARPO",
+        param_space=config,
+        tune_config=tune.TuneConfig(
+            metric="env_runners/accuracy",
+            mode="max",
+            num_samples=POPULATION,
+            max_concurrent_trials=2,
+            scheduler=PopulationBasedTraining(
+                perturbation_interval=5,
+                hyperparam_mutations={"lr": lr, "branch_entropy_weight": weight},
+            ),
+        ),
+        run_config=tune.RunConfig(
+            name="sweep",
+            storage_path=storage_path,
+            stop={"training_iteration": NUM_ITERATIONS},
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=5),
+        ),
+    )
