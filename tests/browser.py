@@ -45,7 +45,7 @@ FLAGS = [
 ]
 LOCAL_SCHEMES = ("file", "data", "blob", "about")
 LOCAL_HOSTS = ("127.0.0.1", "localhost")
-TIMEOUT_MS = 20_000
+TIMEOUT_MS = 60_000
 
 
 @dataclass(slots=True)

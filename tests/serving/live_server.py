@@ -19,7 +19,7 @@ from rllib_arpo.serving.service import ChatService
 from tests.serving.scripted_agents import USER, make_env
 
 CHAT = "/v1/chat/completions"
-PATIENCE_S = 20
+PATIENCE_S = 60
 
 
 class LiveServer:

@@ -26,7 +26,7 @@ from tests.serving.held_env import HeldEnv
 
 KEY, ADMIN_KEY = "client-key", "admin-key"
 CHAT = "/v1/chat/completions"
-PATIENCE_S = 60
+PATIENCE_S = 120
 # Between two looks at something that takes its time.
 PAUSE_S = 0.1
 QUESTION = "What is the height of vifel?"

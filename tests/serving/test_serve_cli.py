@@ -197,4 +197,4 @@ def test_an_application_of_a_file_takes_other_weights_too(
             assert server.replicas("engine-0") == before
         finally:
             process.send_signal(signal.SIGINT)
-            process.wait(timeout=60)
+            process.wait(timeout=120)

@@ -17,7 +17,7 @@ from tests.browser import opened_chromium
 from tests.mlflow_server import MLflowServer
 from tests.tiny_runs import arpo_config, running, traces
 
-LIMIT_S = 20
+LIMIT_S = 120
 # Of MLflow's own use of its libraries.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
