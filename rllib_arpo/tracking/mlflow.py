@@ -16,7 +16,6 @@ import json
 import logging
 import shutil
 import subprocess
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from rllib_arpo.metrics import NUM_TOKENS_SAMPLED
 from rllib_arpo.runs import Record, changed_settings, record_of
 from rllib_arpo.tracking.mlflow_buffer import Buffer, RunSpec
 from rllib_arpo.tracking.mlflow_store import EXPERIMENT, tracking_uri
+from rllib_arpo.tracking.mlflow_system import SystemMetrics
 from rllib_arpo.tracking.mlflow_traces import tree_trace
 from rllib_arpo.tracking.registry import CHAMPION
 
@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 BUFFER_FOLDER = "mlflow"
 BEST_FILE = "best.json"
 EVAL_ACCURACY = "eval_accuracy"
-SYSTEM_INTERVAL_S = 10.0
 # Text for people; the rest of a config's numbers are the user's own.
 MAX_LISTED = 20
 
@@ -282,57 +281,6 @@ def file_tags(files: tuple[str, ...]) -> dict[str, str]:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
             tags[f"data.{file.name}"] = f"sha256:{digest}"
     return tags
-
-
-class SystemMetrics:
-    """Logs the machine's load in a thread, as MLflow names it.
-
-    Args:
-        buffer: of the run.
-        interval_s: between two samples.
-    """
-
-    def __init__(self, buffer: Buffer, interval_s: float = SYSTEM_INTERVAL_S) -> None:
-        self._buffer = buffer
-        self._interval_s = interval_s
-        self._stopped = threading.Event()
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def stop(self) -> None:
-        """Take no more samples."""
-        self._stopped.set()
-
-    def _run(self) -> None:
-        try:
-            monitors = _monitors()
-            step = 0
-            while not self._stopped.is_set():
-                for monitor in monitors:
-                    monitor.collect_metrics()
-                    values = monitor.aggregate_metrics()
-                    monitor.clear_metrics()
-                    self._buffer.metrics(
-                        {f"system/{name}": value for name, value in values.items()},
-                        step=step,
-                    )
-                step += 1
-                self._stopped.wait(self._interval_s)
-        except Exception as error:  # boundary: a sensor fails, or the buffer is closed
-            logger.debug("the machine's load is not tracked any more: %s", error)
-
-
-def _monitors() -> list[Any]:
-    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-
-    monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-    try:
-        monitors.append(GPUMonitor())
-    except Exception as error:  # boundary: without a GPU or its library
-        logger.debug("no GPU to monitor: %s", error)
-    return monitors
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
