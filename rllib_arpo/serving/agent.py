@@ -36,7 +36,7 @@ class Agent:
     env: ToolUseEnv
     sampling: SamplingParams = field(default_factory=SamplingParams)
     limits: AnswerLimits = AnswerLimits()
-    stream_interval: int = 4
+    stream_interval: int = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ hangs up, what works for it is cancelled, so that the engine stops.
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar, cast
@@ -23,6 +24,8 @@ from rllib_arpo.serving.openai_api import ChatCompletionChunk
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
+# A reader does not see it.
+TOGETHER_S = 0.05
 START: Message = {
     "type": "http.response.start",
     "status": 200,
@@ -64,6 +67,8 @@ class EventStream(Response):
         except ClientGoneError:
             if not sender.started:
                 raise
+        finally:
+            await sender.close()
 
     async def _send_all(self, sender: "_Sender") -> None:
         async with aclosing(self._chunks) as chunks:
@@ -80,22 +85,54 @@ class EventStream(Response):
 
 
 class _Sender:
-    """Writes events; the head goes out with the first."""
+    """Writes events; the head goes out with the first.
+
+    Every write passes through Serve's proxy as a message of its own, which costs more
+    than to write an event. So the first event is written at once, and those that
+    follow within `TOGETHER_S` go out as one.
+    """
 
     def __init__(self, send: Send) -> None:
         self._send = send
+        self._held: list[bytes] = []
+        self._writing: asyncio.Task[None] | None = None
+        self._at_once = asyncio.Event()
         self.started = False
 
     async def event(self, data: str) -> None:
-        await self._body(b"data: " + data.encode() + b"\n\n", more=True)
-
-    async def end(self) -> None:
-        await self._body(DONE, more=False)
-
-    async def _body(self, data: bytes, *, more: bool) -> None:
+        event = b"data: " + data.encode() + b"\n\n"
         if not self.started:
             self.started = True
             await self._send(START)
+            await self._body(event, more=True)
+            return
+        self._held.append(event)
+        if self._writing is not None and self._writing.done():
+            self._writing.result()
+            self._writing = None
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write_later())
+
+    async def end(self) -> None:
+        if self._writing is not None:
+            self._at_once.set()
+            await self._writing
+        await self._body(b"".join([*self._held, DONE]), more=False)
+
+    async def close(self) -> None:
+        """Write nothing more."""
+        if self._writing is not None:
+            self._writing.cancel()
+            await asyncio.gather(self._writing, return_exceptions=True)
+
+    async def _write_later(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TOGETHER_S):
+                await self._at_once.wait()
+        held, self._held = self._held, []
+        await self._body(b"".join(held), more=True)
+
+    async def _body(self, data: bytes, *, more: bool) -> None:
         await self._send(
             {"type": "http.response.body", "body": data, "more_body": more}
         )

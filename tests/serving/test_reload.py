@@ -27,17 +27,24 @@ def test_weights_change_under_load_without_a_failure(
     assert served.reload(model="almanac").json() == {"models": {"almanac": old}}
 
 
+def is_reloaded(served: Served, **fields: str) -> bool:
+    """503 says to ask again: a replica that was killed has yet to come back."""
+    reply = served.reload(**fields)
+    assert reply.status_code in (200, 503), reply.text
+    return reply.status_code == 200
+
+
 def test_an_engine_that_starts_later_has_the_new_weights(
     served: Served, weights: dict[str, str], versions: dict[str, str]
 ) -> None:
-    served.reload(model="almanac", checkpoint=weights["other"]).raise_for_status()
+    until(lambda: is_reloaded(served, model="almanac", checkpoint=weights["other"]))
     before = served.replicas("engine-0")
     served.kill("engine-0")
     until(lambda: bool(served.replicas("engine-0") - before))
     until(lambda: served.client.get("/health").status_code == 200)
     message = served.post(seed=1).raise_for_status().json()["choices"][0]["message"]
     assert message["agent"]["version"] == versions["other"]
-    served.reload(model="almanac").raise_for_status()
+    until(lambda: is_reloaded(served, model="almanac"))
 
 
 def test_weights_that_are_not_there_change_nothing(

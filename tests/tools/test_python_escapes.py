@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -521,14 +522,18 @@ def test_nothing_runs_on_after_a_call(host):
     tool = SubprocessPythonTool(limits=LIMITS, max_workers=3)  # a pool of its own
     for attempt in PROCESSES:
         outcome(tool, host.fill_in(PROCESSES[attempt]))
-    left = [
-        below
-        for bubblewrap in psutil.Process().children()
-        if bubblewrap not in others
-        for process_1 in bubblewrap.children()
-        for below in process_1.children(recursive=True)
-    ]
-    assert left  # the child that waits for the next call
+    left: list[psutil.Process] = []
+    deadline = time.monotonic() + 60
+    # The child that waits for the next call may have yet to start.
+    while not left:
+        assert time.monotonic() < deadline
+        left = [
+            below
+            for bubblewrap in psutil.Process().children()
+            if bubblewrap not in others
+            for process_1 in bubblewrap.children()
+            for below in process_1.children(recursive=True)
+        ]
     outcome(tool, "1")
     assert psutil.wait_procs(left, timeout=60)[1] == []
 

@@ -1,0 +1,108 @@
+"""How chunks become messages of the server, without a network."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from starlette.types import Message
+
+from rllib_arpo.serving.openai_api import ChatCompletionChunk
+from rllib_arpo.serving.sse import DONE, EventStream
+
+NUM_CHUNKS = 20
+
+
+def chunk(number: int) -> ChatCompletionChunk:
+    return ChatCompletionChunk(id=str(number), created=0, model="m", choices=[])
+
+
+def events(bodies: list[bytes]) -> list[bytes]:
+    return [event + b"\n\n" for event in b"".join(bodies).split(b"\n\n") if event]
+
+
+async def sent(chunks: AsyncIterator[ChatCompletionChunk]) -> list[bytes]:
+    """Bodies that the server gets for a client that stays."""
+    bodies: list[bytes] = []
+
+    async def receive() -> Message:
+        return await asyncio.Event().wait()  # type: ignore[return-value]
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            bodies.append(message["body"])
+
+    await EventStream(chunks, max_s=60)({"type": "http"}, receive, send)
+    return bodies
+
+
+def test_chunks_that_follow_each_other_go_out_together_and_in_order() -> None:
+    async def chunks() -> AsyncIterator[ChatCompletionChunk]:
+        for number in range(NUM_CHUNKS):
+            yield chunk(number)
+            await asyncio.sleep(0)
+
+    bodies = asyncio.run(sent(chunks()))
+    assert events(bodies) == [
+        *(f"data: {chunk(n).model_dump_json()}\n\n".encode() for n in range(20)),
+        DONE,
+    ]
+    # The first at once, the rest when all is over.
+    assert events(bodies[:1]) == events(bodies)[:1]
+    assert len(bodies) <= 3
+
+
+def test_a_chunk_is_written_while_the_next_one_is_not_there() -> None:
+    async def first_two() -> list[bytes]:
+        bodies: list[bytes] = []
+        written = asyncio.Event()
+
+        async def chunks() -> AsyncIterator[ChatCompletionChunk]:
+            yield chunk(0)
+            yield chunk(1)
+            await written.wait()
+
+        async def send(message: Message) -> None:
+            bodies.append(message.get("body", b""))
+            if b'"id":"1"' in bodies[-1]:
+                written.set()
+
+        async def receive() -> Message:
+            return await asyncio.Event().wait()  # type: ignore[return-value]
+
+        await EventStream(chunks(), max_s=60)({"type": "http"}, receive, send)
+        return bodies
+
+    head, first, second, end = asyncio.run(first_two())
+    assert head == b""
+    assert events([first, second]) == [
+        f"data: {chunk(n).model_dump_json()}\n\n".encode() for n in range(2)
+    ]
+    assert end == DONE
+
+
+def test_a_connection_that_breaks_ends_the_chunks() -> None:
+    closed = asyncio.Event()
+
+    async def chunks() -> AsyncIterator[ChatCompletionChunk]:
+        try:
+            number = 0
+            while True:
+                yield chunk(number)
+                number += 1
+                await asyncio.sleep(0.001)
+        finally:
+            closed.set()
+
+    async def receive() -> Message:
+        return await asyncio.Event().wait()  # type: ignore[return-value]
+
+    async def send(message: Message) -> None:
+        if b'"id":"1"' in message.get("body", b""):
+            raise OSError("broken pipe")
+
+    async def broken() -> None:
+        await EventStream(chunks(), max_s=60)({"type": "http"}, receive, send)
+
+    with pytest.raises(OSError, match="broken pipe"):
+        asyncio.run(broken())
+    assert closed.is_set()
