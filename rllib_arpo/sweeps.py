@@ -105,10 +105,15 @@ def _restored(file: Path, out: Path) -> tune.Tuner:
     folder = out.absolute() / "sweep"
     if not tune.Tuner.can_restore(str(folder)):
         raise ConfigError(f"{folder} holds no sweep to go on with: leave out --resume")
-    with _importing_beside(file):
-        return tune.Tuner.restore(
-            str(folder), "ARPO", resume_unfinished=True, restart_errored=True
-        )
+    # Tune stores no objects of a search space: the file gives them anew.
+    made: Any = load_tuner(file, str(out.absolute()))._local_tuner
+    return tune.Tuner.restore(
+        str(folder),
+        made.trainable,
+        param_space=made.param_space,
+        resume_unfinished=True,
+        restart_errored=True,
+    )
 
 
 @contextmanager

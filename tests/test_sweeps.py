@@ -1,14 +1,17 @@
-"""Sweeps of a file: the table, and a trial that crashes."""
+"""Sweeps of a file: the table, a trial that crashes, a sweep that was killed."""
 
 import csv
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.sweeps import load_tuner
-from tests.commands import finish, start
+from tests.commands import LIMIT_S, finish, start
 
 EXAMPLES = Path(__file__).parents[1] / "tuned_examples"
 
@@ -91,6 +94,33 @@ def test_a_trial_that_crashes_does_not_end_the_sweep(
     best = json.loads((tmp_path / "swept" / "best.json").read_text())
     assert best["trial"] == rows[0]["trial"]
     assert rows[0]["trial"] in out
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_was(cold_start, tests_importable, tmp_path):
+    file = sweep_file(tmp_path, cold_start.model, iterations=6)
+    # To a file: Tune would wait for a reader of a full pipe.
+    process = start(
+        "tune", file, "--out", "swept", folder=tmp_path, stdout=tmp_path / "out.txt"
+    )
+    deadline = time.monotonic() + LIMIT_S
+    while not list((tmp_path / "swept").glob("sweep/*/checkpoint_000001")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "no checkpoint"
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    code, _, err = finish(
+        start("tune", file, "--out", "swept", "--resume", folder=tmp_path)
+    )
+    assert code == 0, err
+    rows = rows_of(tmp_path / "swept")
+    assert [row["training_iteration"] for row in rows[:2]] == ["6", "6"]
+    assert all(
+        len(list(folder.glob("checkpoint_*"))) == 6
+        for folder in (tmp_path / "swept" / "sweep").glob("ARPO_*")
+        if (folder / "checkpoint_000000").is_dir()
+    )
 
 
 @pytest.mark.slow
