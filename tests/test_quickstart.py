@@ -1,5 +1,8 @@
 import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console as RichConsole
@@ -22,22 +25,49 @@ SUMMARY_KEYS = {
 }
 
 
-@pytest.mark.slow
-def test_the_main_job_learns_and_leaves_everything_that_it_promises(
-    ray_session, tmp_path
-):
-    """The quick start with fewer iterations: what it prints, writes and improves."""
-    screen = io.StringIO()
-    console = Console(RichConsole(file=screen, width=200, highlight=False))
-    settings = Settings(
-        folder=tmp_path, seed=0, sft_iterations=18, rl_iterations=12, num_test_tasks=128
+# The command with fewer iterations; the memory of its process is that of the main job.
+SHORT_QUICKSTART = """
+import sys
+from pathlib import Path
+
+from rich.console import Console as RichConsole
+
+from rllib_arpo.cli_runs import started_ray
+from rllib_arpo.progress import Console
+from rllib_arpo.quickstart import Settings, quickstart
+
+settings = Settings(
+    folder=Path(sys.argv[1]),
+    seed=0,
+    sft_iterations=18,
+    rl_iterations=12,
+    num_test_tasks=128,
+)
+with started_ray():
+    quickstart(settings, Console(RichConsole(width=200, highlight=False)))
+"""
+
+
+def short_quickstart(folder: Path) -> str:
+    """Run it in a process of its own, and give what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT_QUICKSTART, str(folder)],
+        capture_output=True,
+        text=True,
     )
-    summary = quickstart(settings, console)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_main_job_learns_and_leaves_everything_that_it_promises(tmp_path):
+    """The quick start with fewer iterations: what it prints, writes and improves."""
+    text = short_quickstart(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
     # 31 % -> 75 % in a whole run; standard error of each figure here: 4.4 points
     assert summary["accuracy_final"] > summary["accuracy_cold_start"] + 0.15
     assert summary["peak_memory_mb"] < 4000
     assert summary.keys() == SUMMARY_KEYS
-    assert json.loads((tmp_path / "summary.json").read_text()) == summary
     records = [
         json.loads(line)
         for line in (tmp_path / "metrics.jsonl").read_text().split("\n")[:-1]
@@ -49,7 +79,6 @@ def test_the_main_job_learns_and_leaves_everything_that_it_promises(
         assert (tmp_path / name).exists()
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tmp_path / "model")
-    text = screen.getvalue()
     for words in ("cold start", "after ARPO", "entropy after tools", "the answer is"):
         assert words in text
 
