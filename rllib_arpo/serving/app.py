@@ -31,11 +31,11 @@ from rllib_arpo.agents import (
     serving_env,
 )
 from rllib_arpo.serving.agent import Agent
-from rllib_arpo.serving.engine_client import ServeEngine
 from rllib_arpo.serving.engine_deployment import EngineReplica, EngineSettings
 from rllib_arpo.serving.http import make_http_app
 from rllib_arpo.serving.manager import AGENT, MANAGER, ManagedModel, Manager, ask
 from rllib_arpo.serving.serve_args import ServeArgs
+from rllib_arpo.serving.serve_engine import ServeEngine
 from rllib_arpo.serving.service import ChatService
 
 # A replica takes what comes and lets the engine queue: it batches what it has.

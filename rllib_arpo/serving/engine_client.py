@@ -1,26 +1,17 @@
 """Turns of a model for whoever serves answers, wherever the engine runs.
 
 `TurnEngine` is what an agent loop asks; `InProcessEngine` answers from an engine of
-this process, `ServeEngine` from replicas of a Ray Serve deployment. One version of the
-weights writes all turns of an answer: the first takes the newest, the later ones name
-the version of the first.
+this process, `serve_engine.ServeEngine` from replicas of a Ray Serve deployment. One
+version of the weights writes all turns of an answer: the first takes the newest, the
+later ones name the version of the first.
 """
 
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import numpy as np
-from ray.exceptions import (
-    ObjectLostError,
-    RayActorError,
-    RayTaskError,
-    TaskCancelledError,
-    WorkerCrashedError,
-)
-from ray.serve.exceptions import RayServeException
 
 from rllib_arpo.engines.engine import (
     Engine,
@@ -28,13 +19,7 @@ from rllib_arpo.engines.engine import (
     TokenChunk,
     request_problem,
 )
-from rllib_arpo.errors import ARPOError, EngineError
-
-# What a call of a replica ends with when the replica did not answer.
-LOST = (
-    *(RayActorError, WorkerCrashedError, ObjectLostError),
-    *(TaskCancelledError, RayServeException),
-)
+from rllib_arpo.errors import EngineError
 
 
 class EngineLostError(EngineError):
@@ -101,66 +86,6 @@ class InProcessEngine:
         async with aclosing(turn(self.engine, request, self.version)) as chunks:
             async for chunk in chunks:
                 yield chunk
-
-
-class ServeEngine:
-    """Replicas of a Ray Serve deployment of `EngineReplica`.
-
-    Serve asks another replica by itself when one dies before it took the request;
-    after that a turn is lost.
-
-    Args:
-        handle: a `DeploymentHandle` of the deployment.
-    """
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-        self._generate = handle.options(method_name="generate", stream=True)
-
-    async def generate(
-        self, request: GenerationRequest, *, version: str | None = None
-    ) -> AsyncIterator[EngineChunk]:
-        """As `TurnEngine.generate`."""
-        chunks = self._generate.remote(request, version=version)
-        try:
-            with _replica_errors():
-                async for chunk in chunks:
-                    yield chunk
-        except (GeneratorExit, asyncio.CancelledError):
-            chunks.cancel()
-            raise
-
-    async def prepare(self, source: str, version: str | None = None) -> str:
-        """Load weights into every replica, as `EngineReplica.prepare`.
-
-        Returns:
-            Their version.
-
-        Raises:
-            ConfigError: the weights are not there or cannot be loaded.
-            CheckpointError: the checkpoint is not whole.
-            EngineError: an engine does not start, or a replica is gone.
-        """
-        config = {"source": source, "version": version}
-        with _replica_errors():
-            versions = await self._handle.broadcast("prepare", config).results_async()
-        if not versions:
-            raise EngineLostError("there is no replica of the engine")
-        return versions[0]
-
-
-@contextmanager
-def _replica_errors() -> Iterator[None]:
-    """Errors of this package as the replica raised them, and of Ray as a loss."""
-    try:
-        yield
-    except RayTaskError as error:
-        # Ray's own has the traceback in its message.
-        if isinstance(error.cause, ARPOError):
-            raise error.cause from None
-        raise
-    except LOST as error:
-        raise EngineLostError(f"the engine's replica is gone: {error}") from error
 
 
 async def turn(

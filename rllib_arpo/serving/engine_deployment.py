@@ -17,7 +17,7 @@ import asyncio
 import logging
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from rllib_arpo.serving.engine_client import (
     turn,
     version_gone,
 )
+from rllib_arpo.serving.turn_server import TurnServer
+from rllib_arpo.serving.turn_wire import TurnAddress
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +151,7 @@ class EngineReplica:
         open_engine: OpenEngine = open_engine,
     ) -> None:
         self._loaded: dict[str, _Loaded] = {}
+        self._turns = TurnServer(self.generate)
         self._newest: str | None = None
         if settings.engine not in ("torch", "vllm"):
             raise ConfigError(
@@ -239,6 +242,23 @@ class EngineReplica:
             loaded.num_running -= 1
             self._end_later(asked)
 
+    async def hold(self, connection: str) -> AsyncIterator[TurnAddress]:
+        """Hold a place for the turns of one connection after the other.
+
+        It ends when the caller cancels it, its connection has gone, or an answer would
+        take too long.
+
+        Args:
+            connection: id of the caller's connection.
+
+        Yields:
+            Where to connect, once.
+        """
+        yield await self._turns.address()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._max_request_s):
+                await self._turns.disconnected(connection)
+
     async def metrics(self) -> dict[str, float]:
         """Of the newest engine, see `Engine.metrics`, and "num_versions"."""
         counts = {"num_versions": float(len(self._loaded))}
@@ -258,6 +278,7 @@ class EngineReplica:
     def close(self) -> None:
         """End all engines; turns in flight fail with `EngineLostError`."""
         self._newest = None
+        self._turns.close()
         while self._loaded:
             self._loaded.popitem()[1].close()
 

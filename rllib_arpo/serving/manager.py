@@ -24,7 +24,8 @@ from ray.exceptions import RayTaskError
 
 from rllib_arpo.agent_weights import REGISTERED, find_weights
 from rllib_arpo.errors import ARPOError, EngineError
-from rllib_arpo.serving.engine_client import LOST, EngineLostError, ServeEngine
+from rllib_arpo.serving.engine_client import EngineLostError
+from rllib_arpo.serving.serve_engine import LOST, ServeEngine
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from ray import serve
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from rllib_arpo.errors import ARPOError
-from rllib_arpo.serving.engine_client import ServeEngine
 from rllib_arpo.serving.engine_deployment import EngineReplica, EngineSettings
+from rllib_arpo.serving.serve_engine import ServeEngine
 from tests.serving.engine_turns import collect, request, token_ids
 
 APP = "engine_on_serve"

@@ -1,0 +1,83 @@
+"""Turns of a model from the replicas of a Ray Serve deployment."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any
+
+from ray.exceptions import (
+    ObjectLostError,
+    RayActorError,
+    RayTaskError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
+from ray.serve.exceptions import RayServeException
+
+from rllib_arpo.engines.engine import GenerationRequest
+from rllib_arpo.errors import ARPOError
+from rllib_arpo.serving.engine_client import EngineChunk, EngineLostError
+from rllib_arpo.serving.turn_places import Places
+
+# What a call of a replica ends with when the replica did not answer.
+LOST = (
+    *(RayActorError, WorkerCrashedError, ObjectLostError),
+    *(TaskCancelledError, RayServeException),
+)
+
+
+class ServeEngine:
+    """Replicas of a Ray Serve deployment of `EngineReplica`.
+
+    Serve asks another replica by itself when one dies before it took the request;
+    after that a turn is lost.
+
+    Args:
+        handle: a `DeploymentHandle` of the deployment.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._places = Places(handle.options(method_name="hold", stream=True))
+
+    async def generate(
+        self, request: GenerationRequest, *, version: str | None = None
+    ) -> AsyncIterator[EngineChunk]:
+        """As `TurnEngine.generate`."""
+        with _replica_errors():
+            async with self._places.taken() as connection:
+                turn = connection.generate(request, version=version)
+                async with aclosing(turn) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+
+    async def prepare(self, source: str, version: str | None = None) -> str:
+        """Load weights into every replica, as `EngineReplica.prepare`.
+
+        Returns:
+            Their version.
+
+        Raises:
+            ConfigError: the weights are not there or cannot be loaded.
+            CheckpointError: the checkpoint is not whole.
+            EngineError: an engine does not start, or a replica is gone.
+        """
+        config = {"source": source, "version": version}
+        with _replica_errors():
+            versions = await self._handle.broadcast("prepare", config).results_async()
+        if not versions:
+            raise EngineLostError("there is no replica of the engine")
+        return versions[0]
+
+
+@contextmanager
+def _replica_errors() -> Iterator[None]:
+    """Errors of this package as the replica raised them, and of Ray as a loss."""
+    try:
+        yield
+    except RayTaskError as error:
+        # Ray's own has the traceback in its message.
+        if isinstance(error.cause, ARPOError):
+            raise error.cause from None
+        raise
+    except LOST as error:
+        raise EngineLostError(f"the engine's replica is gone: {error}") from error
