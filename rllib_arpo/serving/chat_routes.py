@@ -13,13 +13,13 @@ from rllib_arpo.serving.openai_api import (
     ModelList,
     UnknownModelError,
 )
-from rllib_arpo.serving.sse import EventStream, unless_hung_up
+from rllib_arpo.serving.sse import EventStream, Pace, unless_hung_up
 
 
 def chat_routes(server: HttpServer) -> APIRouter:
     """`/v1/chat/completions`."""
     router = APIRouter(route_class=JsonRoute)
-    settings, metrics = server.settings, server.metrics
+    settings, metrics, pace = server.settings, server.metrics, Pace()
 
     async def complete(request: ChatCompletionRequest) -> ChatCompletion:
         async with wall_time(settings.max_request_s):
@@ -38,7 +38,7 @@ def chat_routes(server: HttpServer) -> APIRouter:
         body = within_limits(body, settings)
         if body.stream:
             chunks = metrics.watch(server.service.stream(body))
-            return EventStream(chunks, max_s=settings.max_request_s)
+            return EventStream(chunks, max_s=settings.max_request_s, pace=pace)
         completion = await unless_hung_up(request.receive, complete(body))
         metrics.answered(completion)
         return Response(completion.model_dump_json(), media_type="application/json")

@@ -10,7 +10,7 @@ hangs up, what works for it is cancelled, so that the engine stops.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from contextlib import aclosing
 from typing import Any, TypeVar, cast
 
@@ -24,8 +24,10 @@ from rllib_arpo.serving.openai_api import ChatCompletionChunk
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
+# Writes of all streams of a process: about a fifth of a core, here and in the proxy.
+MAX_WRITES_PER_S = 250
 # A reader does not see it.
-TOGETHER_S = 0.05
+MIN_TOGETHER_S = 0.02
 START: Message = {
     "type": "http.response.start",
     "status": 200,
@@ -44,16 +46,18 @@ class EventStream(Response):
     Args:
         chunks: a generator; it is closed when the answer ends, however it ends.
         max_s: seconds after which it is cut off with an error.
+        pace: of all streams of the server.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, chunks: AsyncIterator[ChatCompletionChunk], *, max_s: float
+        self, chunks: AsyncIterator[ChatCompletionChunk], *, max_s: float, pace: "Pace"
     ) -> None:
         super().__init__()
         self._chunks = cast(AsyncGenerator[ChatCompletionChunk], chunks)
         self._max_s = max_s
+        self._pace = pace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all of it, or as much as the client wants.
@@ -61,9 +65,10 @@ class EventStream(Response):
         Raises:
             ClientGoneError: it hung up before the first chunk.
         """
-        sender = _Sender(send)
+        sender = _Sender(send, self._pace)
         try:
-            await unless_hung_up(receive, self._send_all(sender))
+            with self._pace.one_more():
+                await unless_hung_up(receive, self._send_all(sender))
         except ClientGoneError:
             if not sender.started:
                 raise
@@ -84,29 +89,46 @@ class EventStream(Response):
         await sender.end()
 
 
-class _Sender:
-    """Writes events; the head goes out with the first.
+class Pace:
+    """How long the streams of a server gather events before they write.
 
     Every write passes through Serve's proxy as a message of its own, which costs more
-    than to write an event. So the first event is written at once, and those that
-    follow within `TOGETHER_S` go out as one.
+    than to make an event: the more streams, the longer each waits for its next write.
     """
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self) -> None:
+        self._num_streams = 0
+
+    @property
+    def together_s(self) -> float:
+        """Seconds from one write of a stream to its next."""
+        return max(MIN_TOGETHER_S, self._num_streams / MAX_WRITES_PER_S)
+
+    @contextlib.contextmanager
+    def one_more(self) -> Iterator[None]:
+        """A stream is open meanwhile."""
+        self._num_streams += 1
+        try:
+            yield
+        finally:
+            self._num_streams -= 1
+
+
+class _Sender:
+    """Writes events: the first at once, with the head, and later ones by the pace."""
+
+    def __init__(self, send: Send, pace: Pace) -> None:
         self._send = send
+        self._pace = pace
         self._held: list[bytes] = []
         self._writing: asyncio.Task[None] | None = None
-        self._at_once = asyncio.Event()
+        self._ending = asyncio.Event()
+        self._begun = False
         self.started = False
 
     async def event(self, data: str) -> None:
-        event = b"data: " + data.encode() + b"\n\n"
-        if not self.started:
-            self.started = True
-            await self._send(START)
-            await self._body(event, more=True)
-            return
-        self._held.append(event)
+        self.started = True
+        self._held.append(b"data: " + data.encode() + b"\n\n")
         if self._writing is not None and self._writing.done():
             self._writing.result()
             self._writing = None
@@ -115,9 +137,10 @@ class _Sender:
 
     async def end(self) -> None:
         if self._writing is not None:
-            self._at_once.set()
+            self._ending.set()
             await self._writing
-        await self._body(b"".join([*self._held, DONE]), more=False)
+        self._held.append(DONE)
+        await self._write(more=False)
 
     async def close(self) -> None:
         """Write nothing more."""
@@ -126,15 +149,21 @@ class _Sender:
             await asyncio.gather(self._writing, return_exceptions=True)
 
     async def _write_later(self) -> None:
+        # What comes with the first event is written with it.
+        wait_s = self._pace.together_s if self._begun else 0
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(TOGETHER_S):
-                await self._at_once.wait()
-        held, self._held = self._held, []
-        await self._body(b"".join(held), more=True)
+            async with asyncio.timeout(wait_s):
+                await self._ending.wait()
+        if not self._ending.is_set():
+            await self._write(more=True)
 
-    async def _body(self, data: bytes, *, more: bool) -> None:
+    async def _write(self, *, more: bool) -> None:
+        if not self._begun:
+            self._begun = True
+            await self._send(START)
+        held, self._held = self._held, []
         await self._send(
-            {"type": "http.response.body", "body": data, "more_body": more}
+            {"type": "http.response.body", "body": b"".join(held), "more_body": more}
         )
 
 

@@ -158,6 +158,14 @@ class Places:
         finally:
             self._put_back(place)
 
+    def close(self) -> None:
+        """Give all places back; turns in flight are lost."""
+        for place in self._free:
+            place.call.cancel()
+        self._free.clear()
+        for connection in self._connections.values():
+            connection.close()
+
     def _reuse(self) -> _Place | None:
         while self._free:
             place = self._free.pop()

@@ -47,6 +47,7 @@ class TurnServer:
         self._starting = asyncio.Lock()
         self._server: asyncio.Server | None = None
         self._connected: dict[str, asyncio.Event] = {}
+        self._writers: set[asyncio.StreamWriter] = set()
 
     async def address(self) -> TurnAddress:
         """Where it listens, from now on."""
@@ -66,16 +67,19 @@ class TurnServer:
         await self._connected.setdefault(connection, asyncio.Event()).wait()
 
     def close(self) -> None:
-        """Listen no more; connections go on until their agents leave."""
+        """Listen no more; turns in flight are lost."""
         if self._server is not None:
             self._server.close()
             self._server = None
+        for writer in self._writers:
+            writer.close()
 
     async def _serve(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         name: str | None = None
         turns = _Turns(self._generate, writer)
+        self._writers.add(writer)
         try:
             async with asyncio.timeout(GREETING_S):
                 key, name = await read_frame(reader, MAX_GREETING_BYTES)
@@ -89,6 +93,7 @@ class TurnServer:
             pass  # whoever it is, it does not speak as an agent does
         finally:
             turns.close()
+            self._writers.remove(writer)
             writer.close()
             self._connected.pop(str(name), asyncio.Event()).set()
 

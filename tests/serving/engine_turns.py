@@ -9,13 +9,17 @@ PROMPT = np.arange(5, 25, dtype=np.int32)
 
 
 def request(
-    request_id: str = "turn", *, max_tokens: int = 12, stream_interval: int = 1
+    request_id: str = "turn",
+    *,
+    max_tokens: int = 12,
+    stream_interval: int = 1,
+    seed: int = 7,
 ) -> GenerationRequest:
     return GenerationRequest(
         request_id=request_id,
         prompt_token_ids=PROMPT,
         max_tokens=max_tokens,
-        seed=7,
+        seed=seed,
         stream_interval=stream_interval,
     )
 
