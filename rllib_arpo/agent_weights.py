@@ -4,6 +4,8 @@ A checkpoint is a pickle, which can run any code when it is read: open only thos
 you trust.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from ray.rllib.core import (
     COMPONENT_RL_MODULE,
     DEFAULT_MODULE_ID,
 )
+from transformers import AutoTokenizer
 
 from rllib_arpo.checkpoints import CHECKPOINTS, newest_checkpoint
 from rllib_arpo.cli_config import find_checkpoint, is_model_folder
@@ -84,6 +87,24 @@ def find_weights(source: str) -> Weights:
         is_checkpoint=True,
         version=fingerprint_of_folder(checkpoint.joinpath(*WEIGHTS)),
     )
+
+
+def vocabulary_of(weights: Weights) -> str:
+    """Digest of what each token id of a model means.
+
+    Raises:
+        ConfigError: there is no tokenizer.
+        CheckpointError: the checkpoint is not whole.
+    """
+    folder = str(weights.folder)
+    if weights.is_checkpoint:
+        folder = str(settings_of(weights.folder)["_model_config"]["model"])
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} holds no tokenizer: {error}") from error
+    meaning = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token]
+    return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
 
 
 def export_weights(checkpoint: str | Path, folder: str | Path) -> Path:

@@ -28,6 +28,7 @@ from rllib_arpo.cli_options import (
     EnvRunners,
     Learners,
     MaxTokens,
+    MLflow,
     OnBadRow,
     Out,
     PythonName,
@@ -39,6 +40,7 @@ from rllib_arpo.cli_options import (
 )
 from rllib_arpo.cli_plot import plot
 from rllib_arpo.cli_serve import serve
+from rllib_arpo.cli_sft import export_traces, sft
 from rllib_arpo.cli_tune import tune
 from rllib_arpo.cli_view import view
 from rllib_arpo.errors import ARPOError, ConfigError
@@ -74,6 +76,7 @@ def quickstart(
     engine: EngineName = "torch",
     num_env_runners: EnvRunners = 0,
     num_learners: Learners = 0,
+    mlflow: MLflow = None,
 ) -> None:
     """Train a small agent from nothing, and see it improve in a few minutes."""
     from rllib_arpo.cli_runs import started_ray
@@ -87,6 +90,7 @@ def quickstart(
         engine=engine,
         num_env_runners=num_env_runners,
         num_learners=num_learners,
+        mlflow=mlflow,
     )
     with started_ray(num_env_runners + num_learners):
         run_quickstart(settings, Console())
@@ -106,6 +110,12 @@ def train(
     eval_data: Annotated[
         str | None, typer.Option(help="Tasks that `evaluate` takes unless told.")
     ] = None,
+    eval_interval: Annotated[
+        int,
+        typer.Option(
+            help="Evaluate on --eval-data every so many iterations; 0: never.", min=0
+        ),
+    ] = 0,
     on_bad_row: OnBadRow = "error",
     model: Annotated[
         str | None, typer.Option(help="Hugging Face folder or hub name.")
@@ -140,12 +150,7 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="Folder of a run to go on with.")
     ] = None,
-    mlflow: Annotated[
-        str | None,
-        typer.Option(
-            help='Track in MLflow at this URI; "default": MLFLOW_* or a file.'
-        ),
-    ] = None,
+    mlflow: MLflow = None,
 ) -> None:
     """Train by ARPO, from a config file, from flags, or on from a checkpoint."""
     from rllib_arpo.cli_config import config_of_file, config_of_flags
@@ -168,6 +173,7 @@ def train(
         built = config_of_flags(
             data=data,
             eval_data=eval_data,
+            eval_interval=eval_interval,
             on_bad_row=on_bad_row,
             model=model,
             corpus=corpus,
@@ -190,73 +196,11 @@ def train(
             num_saved_trees=None if save_trees < 0 else save_trees,
             seed=seed,
         )
-    start_run(built, out, iterations, mlflow=mlflow, data_files=(data,) if data else ())
+    start_run(built, out, iterations, mlflow=mlflow)
 
 
-@app.command()
-def sft(
-    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub name.")],
-    data: Annotated[
-        Path,
-        typer.Option(help="Traces, .jsonl or .json: chats, ShareGPT's or Alpaca's."),
-    ],
-    iterations: Annotated[int, typer.Option(min=1)] = 100,
-    out: Out = Path("runs/sft"),
-    tools: Annotated[
-        str, typer.Option(help="Names of the tools in the traces, by commas.")
-    ] = "search,python",
-    dialogue: DialogueName = "tags",
-    max_result_tokens: ResultTokens = 256,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Longer traces are bad rows.", min=1)
-    ] = None,
-    on_bad_row: OnBadRow = "error",
-    batch_size: BatchSize = 128,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 7e-6,
-    num_learners: Learners = 0,
-    seed: Seed = 0,
-) -> None:
-    """Cold start: imitate multi-turn tool traces."""
-    from rllib_arpo.cli_runs import start_run
-    from rllib_arpo.cli_traces import sft_config
-
-    config = sft_config(
-        model,
-        data,
-        tools=tuple(name.strip() for name in tools.split(",")),
-        dialogue=dialogue,
-        max_result_tokens=max_result_tokens,
-        max_tokens=max_tokens,
-        on_bad_row=on_bad_row,
-        batch_size=batch_size,
-        lr=lr,
-        num_learners=num_learners,
-        seed=seed,
-    )
-    start_run(config, out, iterations)
-
-
-@app.command()
-def export_traces(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
-    out: Annotated[Path, typer.Option(help="The .jsonl file to write.")] = Path(
-        "traces.jsonl"
-    ),
-    min_reward: Annotated[
-        float, typer.Option(help="Least reward of a trajectory.")
-    ] = 1.0,
-    max_per_task: Annotated[
-        int | None, typer.Option(help="Most rows of one task; newest first.", min=1)
-    ] = None,
-) -> None:
-    """Write a run's good trajectories as traces for `sft`: rejection sampling."""
-    from rllib_arpo.cli_traces import export_traces_of_run
-
-    typer.echo(
-        export_traces_of_run(run, out, min_reward=min_reward, max_per_task=max_per_task)
-    )
-
-
+app.command()(sft)
+app.command()(export_traces)
 app.command()(evaluate)
 app.command()(plot)
 app.command()(tune)
@@ -338,10 +282,15 @@ def _quiet() -> None:
     warnings.simplefilter("ignore")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    # Tune's other output engine, which has nothing to say that `tune` does not.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     for name in ("ray", "ray.rllib", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # The traceback of each trial that fails: `tune` names the error, a file has it all.
+    logging.getLogger("ray.tune.execution").setLevel(logging.CRITICAL)
 
 
 if __name__ == "__main__":

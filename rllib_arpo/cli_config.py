@@ -20,6 +20,9 @@ from rllib_arpo.errors import ARPOError, ConfigError
 from rllib_arpo.tools.standard import PythonBackend, StandardTools
 from rllib_arpo.tree import Task
 
+# Of --eval-data, for one evaluation during training.
+MAX_EVAL_TASKS = 512
+
 
 def config_of_file(file: Path, model: str | None) -> ARPOConfig:
     """The `config` that a Python file defines, with `model` in place of its own.
@@ -63,6 +66,7 @@ def config_of_flags(
     dialogue: str = "tags",
     max_result_tokens: int = DEFAULTS["max_result_tokens"],
     eval_data: str | None = None,
+    eval_interval: int = 0,
     on_bad_row: str = "error",
     batch_size: int = 1,
     minibatch_size: int | None = None,
@@ -117,6 +121,10 @@ def config_of_flags(
         .engine(engine)
         .env_runners(num_env_runners=num_env_runners)
         .learners(num_learners=num_learners)
+        .evaluation(
+            evaluation_interval=eval_interval or None,
+            evaluation_duration=MAX_EVAL_TASKS,
+        )
         .reporting(num_saved_trees=num_saved_trees)
         .debugging(seed=seed, log_level="ERROR")
     )

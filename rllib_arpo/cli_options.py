@@ -45,6 +45,10 @@ BatchSize = Annotated[int, typer.Option(help="Trees per iteration.", min=1)]
 MaxTokens = Annotated[
     int, typer.Option(help="Tokens of model and tools after the prompt.", min=1)
 ]
+MLflow = Annotated[
+    str | None,
+    typer.Option(help='Track in MLflow at this URI; "default": MLFLOW_* or a file.'),
+]
 
 
 def given_flags(context: typer.Context) -> list[str]:

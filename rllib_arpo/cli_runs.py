@@ -5,7 +5,6 @@ import os
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -85,18 +84,20 @@ def start_run(
         folder: of the run.
         iterations: to stop after.
         mlflow: URI of the store to track it in, "default" for the usual one.
-        data_files: whose hashes MLflow gets.
+        data_files: whose hashes MLflow gets, besides those that the config names.
 
     Raises:
         ConfigError: the config cannot work, or the folder holds a run already.
     """
+    from rllib_arpo.tracking.attach import track
+
     config.validate()
     run = Run(folder)
     if config.engine_log_dir is None:
         config.engine(log_dir=str(run.folder / "logs"))
     run.write_config(config)
     if mlflow is not None:
-        _track(config, run, None if mlflow == "default" else mlflow, data_files)
+        track(config, run.folder, mlflow, data_files=data_files)
     with started_ray(num_actors(vars(config))):
         with Console().waiting(
             f"Start the actors and the engine ({config.engine_name})"
@@ -126,25 +127,13 @@ def resume_run(folder: Path, iterations: int) -> None:
         _train(algorithm, run, iterations)
 
 
-def _track(
-    config: ARPOConfig, run: Run, uri: str | None, data_files: tuple[str, ...]
-) -> None:
-    from rllib_arpo.tracking.mlflow import MLflowCallback
-
-    given = config.callbacks_class
-    callback = partial(
-        MLflowCallback, folder=run.folder, uri=uri, data_files=data_files
-    )
-    config.callbacks([*(given if isinstance(given, list) else [given]), callback])  # type: ignore[list-item]
-
-
 def restore(checkpoint: Path) -> ARPO:
     """The algorithm of a checkpoint, at the iteration where it was saved."""
     return cast(ARPO, ARPO.from_checkpoint(str(checkpoint)))
 
 
 def _train(algorithm: ARPO, run: Run, iterations: int) -> None:
-    from rllib_arpo.tracking.mlflow import end_tracking
+    from rllib_arpo.tracking.attach import end_tracking
 
     console = Console()
     stage = type(algorithm).__name__

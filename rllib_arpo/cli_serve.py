@@ -66,6 +66,16 @@ def serve(
         str | None, typer.Option(help='"embedded", or "subprocess" in a sandbox.')
     ] = None,
     tool_cache: Cache = None,
+    mlflow: Annotated[
+        str | None,
+        typer.Option(
+            help="Trace answers in MLflow at this URI, questions and all; default: "
+            "MLFLOW_TRACKING_URI, none without it."
+        ),
+    ] = None,
+    trace_share: Annotated[
+        float, typer.Option(help="Of the answers, to be traced.", min=0.0, max=1.0)
+    ] = 1.0,
     dialogue: Annotated[
         str | None, typer.Option(help='"tags" or "chat_template".')
     ] = None,
@@ -74,7 +84,7 @@ def serve(
     max_result_tokens: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
     """Serve agents: OpenAI's chat API, and a page to try them."""
-    from rllib_arpo.cli_serving import serve_command
+    from rllib_arpo.cli_serving import serve_command, traced_store
 
     def text(path: Path | None) -> str | None:
         return None if path is None else str(path.absolute())
@@ -106,5 +116,7 @@ def serve(
             "max_response_tokens": max_response_tokens,
             "max_tool_calls": max_tool_calls,
             "max_result_tokens": max_result_tokens,
+            "mlflow": traced_store(mlflow, trace_share),
+            "trace_share": trace_share,
         },
     )

@@ -3,6 +3,8 @@
 All that can be wrong is found before Ray starts.
 """
 
+import importlib.util
+import os
 import signal
 import socket
 import threading
@@ -103,6 +105,27 @@ def serve_args(
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise ConfigError(f"{place}: {first['msg']}".removeprefix(": ")) from error
+
+
+def traced_store(store: str | None, share: float) -> str | None:
+    """The MLflow store of a flag, else that of this process's environment.
+
+    Args:
+        store: its URI.
+        share: of the answers that are to be traced.
+
+    Raises:
+        ConfigError: there is one, and MLflow is not installed.
+    """
+    uri = store or os.environ.get("MLFLOW_TRACKING_URI") or None
+    if uri is None or not share:
+        return None
+    if importlib.util.find_spec("mlflow") is None:
+        raise ConfigError(
+            'MLflow is not installed: pip install "rllib_arpo[mlflow]", or give '
+            "--trace-share 0"
+        )
+    return uri
 
 
 def name_and_source(word: str) -> tuple[str | None, str]:

@@ -56,8 +56,8 @@ class Console:
         self.rich.print(f"[bold]» {escape(title)}[/bold]")
 
     def say(self, text: str) -> None:
-        """One plain line."""
-        self.rich.print(escape(text))
+        """One plain line, not broken: it may hold a path or a command."""
+        self.rich.print(escape(text), soft_wrap=True)
 
     def alarm(self, alarm: Mapping[str, Any]) -> None:
         """What goes wrong, from which iteration on, and what to try."""

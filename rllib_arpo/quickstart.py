@@ -34,7 +34,9 @@ from rllib_arpo.metrics import (
 from rllib_arpo.progress import Console
 from rllib_arpo.runs import ALARMS_FILE, Run, train
 from rllib_arpo.sft import SFTConfig
+from rllib_arpo.tracking.attach import stopping, track
 from rllib_arpo.tracking.curves import METRICS_FILE
+from rllib_arpo.tracking.mlflow import BUFFER_FOLDER
 from rllib_arpo.tree import RolloutTree, Task
 
 NUM_TRAIN_TASKS = 4_000
@@ -44,6 +46,10 @@ SFT_BATCH = 16
 SFT_STEPS_PER_ITERATION = 50
 RL_TREES = 16
 RL_STEPS_PER_ITERATION = 2
+WRITTEN_FOLDERS = (
+    *("base", "cold_start", "sft", "checkpoints", "trees", "model"),
+    BUFFER_FOLDER,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +65,8 @@ class Settings:
         sft_iterations: of 50 optimizer steps each.
         rl_iterations: of 16 trees each.
         num_test_tasks: held-out questions.
+        mlflow: URI of the store to track both trainings in, "default" for the usual
+            one; None: they are not tracked.
     """
 
     folder: Path
@@ -69,6 +77,7 @@ class Settings:
     sft_iterations: int = 24
     rl_iterations: int = 55
     num_test_tasks: int = 512
+    mlflow: str | None = None
 
 
 def almanac_tasks(split: Split, num: int) -> list[Task]:
@@ -168,7 +177,7 @@ def _on_this_machine(config: Config, settings: Settings) -> Config:
 
 def quickstart(settings: Settings, console: Console) -> dict[str, Any]:
     """Run the main job and return what `summary.json` holds."""
-    for name in ("base", "cold_start", "sft", "checkpoints", "trees", "model"):
+    for name in WRITTEN_FOLDERS:
         shutil.rmtree(settings.folder / name, ignore_errors=True)
     for name in (METRICS_FILE, ALARMS_FILE):
         (settings.folder / name).unlink(missing_ok=True)
@@ -218,8 +227,10 @@ def _cold_start(
 ) -> tuple[Evaluations, str]:
     console.stage("Cold start: imitate an expert that makes mistakes")
     sft = Run(run.folder / "sft")
-    algorithm = sft_config(base, settings).build_algo()
-    try:
+    config = sft_config(base, settings)
+    # What is registered is the agent that comes out of it all.
+    _track(config, sft, settings, settings.sft_iterations, registered_model=None)
+    with stopping(config.build_algo()) as algorithm:
         with console.progress(settings.sft_iterations, "cold start") as progress:
             train(
                 algorithm,
@@ -232,8 +243,6 @@ def _cold_start(
             )
         evaluation, _ = _evaluate(algorithm, console)
         model = str(algorithm.save_pretrained(run.folder / "cold_start"))
-    finally:
-        algorithm.stop()
     return evaluation, model
 
 
@@ -243,9 +252,10 @@ def _reinforce(
     console.stage("Reinforcement learning: ARPO")
     config = arpo_config(model, settings)
     run.write_config(config)
+    _track(config, run, settings, settings.rl_iterations)
     with console.waiting(f"Start the actors and the engine ({config.engine_name})"):
         algorithm = config.build_algo()
-    try:
+    with stopping(algorithm):
         with console.progress(settings.rl_iterations, "ARPO") as progress:
             train(
                 algorithm,
@@ -258,9 +268,18 @@ def _reinforce(
             )
         evaluation, trees = _evaluate(algorithm, console)
         algorithm.save_pretrained(run.model)
-    finally:
-        algorithm.stop()
     return evaluation, trees
+
+
+def _track(
+    config: ARPOConfig, run: Run, settings: Settings, iterations: int, **options: Any
+) -> None:
+    """Let MLflow have a training, with an evaluation at its end."""
+    if settings.mlflow is None:
+        return
+    name = run.folder.relative_to(settings.folder.absolute().parent).as_posix()
+    track(config, run.folder, settings.mlflow, name=name, **options)
+    config.evaluation(evaluation_interval=iterations)
 
 
 def _evaluate(

@@ -37,6 +37,8 @@ INTERNAL = "the server failed; its log says why"
 MAX_MESSAGE_CHARS = 1000
 MAX_PARAM_CHARS = 200
 RETRY_S = "1"
+# OpenAI's clients ask again after a 408, which would only take as long again.
+NO_RETRY = {"x-should-retry": "false"}
 
 KINDS = {
     401: "authentication_error",
@@ -154,7 +156,12 @@ def failure_of(error: Exception) -> Failure:
                 headers={"Retry-After": RETRY_S},
             )
         case RequestTimeoutError():
-            return Failure(status=408, message=str(error), code="answer_too_slow")
+            return Failure(
+                status=408,
+                message=str(error),
+                code="answer_too_slow",
+                headers=NO_RETRY,
+            )
         case HTTPException():
             return _of_routing(error)
         case _:

@@ -15,6 +15,7 @@ when it is asked for their numbers.
 """
 
 import asyncio
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -37,6 +38,8 @@ from rllib_arpo.serving.manager import AGENT, MANAGER, ManagedModel, Manager, as
 from rllib_arpo.serving.serve_args import ServeArgs
 from rllib_arpo.serving.serve_engine import ServeEngine
 from rllib_arpo.serving.service import ChatService
+from rllib_arpo.serving.trace_numbers import TraceNumbers
+from rllib_arpo.tracking.mlflow_answers import AnswerTraces
 
 # A replica takes what comes and lets the engine queue: it batches what it has.
 MAX_ONGOING = 1024
@@ -69,11 +72,13 @@ class AgentServer:
         self._args = args
         self._engines = engines
         self._manager = manager
+        self._traces = answer_traces(args)
         self._service = ChatService(
             {
                 name: (open_agent(source, args), ServeEngine(engines[name]))
                 for name, source in agents.items()
-            }
+            },
+            sink=self._traces,
         )
         self._app = make_http_app(
             self._service,
@@ -82,6 +87,16 @@ class AgentServer:
             metrics_of_all=self._metrics_of_all,
             ready=self._ready,
         )
+        if self._traces is not None:
+            registry = self._app.state.metrics.registry
+            registry.register(TraceNumbers(self._traces.counts))
+
+    def __del__(self) -> None:
+        """Serve's last call: what waits goes to MLflow, if it answers."""
+        # Not there if the start failed.
+        traces: AnswerTraces | None = getattr(self, "_traces", None)
+        if traces is not None:
+            traces.close()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The app, which Serve feeds with requests."""
@@ -104,6 +119,14 @@ class AgentServer:
         names = self._service.models()
         ready = await asyncio.gather(*(is_ready(self._engines[one]) for one in names))
         return dict(zip(names, ready, strict=True))
+
+
+def answer_traces(args: ServeArgs) -> AnswerTraces | None:
+    """Where answers become traces; None where they are not to."""
+    uri = args.mlflow or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri or not args.trace_share:
+        return None
+    return AnswerTraces(uri, share=args.trace_share)
 
 
 async def is_ready(engine: Any) -> bool:

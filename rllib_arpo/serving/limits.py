@@ -9,7 +9,12 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rllib_arpo.serving.access import CLIENT, route_path
-from rllib_arpo.serving.api_errors import RETRY_S, ClientGoneError, HttpError
+from rllib_arpo.serving.api_errors import (
+    NO_RETRY,
+    RETRY_S,
+    ClientGoneError,
+    HttpError,
+)
 from rllib_arpo.serving.http_settings import HttpSettings
 from rllib_arpo.serving.openai_api import ChatCompletionRequest, InvalidRequestError
 
@@ -155,4 +160,5 @@ async def wall_time(seconds: float) -> AsyncIterator[None]:
             f"the answer took more than {seconds:g} s, the most on this server; ask "
             "for fewer tokens",
             code="answer_too_slow",
+            headers=NO_RETRY,
         ) from error

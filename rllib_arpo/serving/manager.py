@@ -8,6 +8,11 @@ Other weights reach the engines in two steps, see `engine_deployment`:
    `reconfigure`; and a replica that starts later begins with the new weights. While
    `reconfigure` runs, the controller takes a replica off its routers, which step 1
    makes a matter of a moment.
+
+A model whose source is an alias of a registry follows it. The last act wins: weights of
+an explicit reload stay until the alias moves again, and also if this replica starts
+anew, since `user_config` says which version the alias meant. An application that is
+started anew begins with what the alias means by then.
 """
 
 import asyncio
@@ -16,21 +21,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.exposition import generate_latest
 from ray import serve
 from ray.exceptions import RayTaskError
 
-from rllib_arpo.agent_weights import REGISTERED, find_weights
-from rllib_arpo.errors import ARPOError, EngineError
+from rllib_arpo.agent_weights import (
+    REGISTERED,
+    Weights,
+    find_weights,
+    vocabulary_of,
+)
+from rllib_arpo.errors import ARPOError, ConfigError, EngineError
 from rllib_arpo.serving.engine_client import EngineLostError
 from rllib_arpo.serving.serve_engine import LOST, ServeEngine
+from rllib_arpo.serving.user_configs import set_user_config, user_configs
 
 logger = logging.getLogger(__name__)
 
 AGENT = "agent"
 MANAGER = "manager"
+# Key of `user_config`: what the alias of the model's source meant, such as "3".
+ALIAS = "alias"
 # Between two looks whether the engines follow the controller.
 LOOK_S = 0.05
 TAKE_OVER_TIMEOUT_S = 120.0
@@ -71,6 +83,10 @@ class Manager:
         self._engines = engines
         self._lock = asyncio.Lock()
         self._app = serve.get_replica_context().app_name
+        # Looked at from the start: the weights' files may be gone at a reload.
+        self._vocabularies = {
+            name: asyncio.ensure_future(self._vocabulary(name)) for name in models
+        }
         # Kept, for the event loop holds tasks weakly.
         self._following = [
             asyncio.ensure_future(self._follow(name, poll_s))
@@ -94,7 +110,8 @@ class Manager:
             Model -> version.
 
         Raises:
-            ConfigError, CheckpointError: there are no such weights; nothing changed.
+            ConfigError, CheckpointError: there are no such weights, or they belong to
+                another tokenizer; nothing changed.
             EngineError: an engine does not start with them; nothing changed.
             EngineLostError: a replica is gone; ask again.
         """
@@ -114,13 +131,57 @@ class Manager:
     async def _reload(self, name: str, checkpoint: str | None) -> str:
         model = self._models[name]
         weights = await asyncio.to_thread(find_weights, checkpoint or model.source)
+        await self._refuse_other_vocabulary(name, weights)
         engine = ServeEngine(self._engines[name])
         version = await engine.prepare(weights.source, weights.version)
         config = {"source": weights.source, "version": version}
+        if model.source.startswith(REGISTERED):
+            config[ALIAS] = await self._alias_version(name)
         await asyncio.to_thread(set_user_config, self._app, {model.deployment: config})
         await self._taken_over(name, version)
         logger.info("model %s has version %s of the weights", name, version)
         return version
+
+    async def _user_config(self, name: str) -> Mapping[str, str]:
+        deployment = self._models[name].deployment
+        configs = await asyncio.to_thread(user_configs, self._app)
+        return configs[deployment]
+
+    async def _vocabulary(self, name: str) -> str | None:
+        """Of the weights that engines have; None if their files cannot be read."""
+        try:
+            source = (await self._user_config(name))["source"]
+            return await asyncio.to_thread(lambda: vocabulary_of(find_weights(source)))
+        except Exception as error:  # boundary: a check less, and nothing else
+            logger.warning("the vocabulary of %s is not known: %s", name, error)
+            return None
+
+    async def _refuse_other_vocabulary(self, name: str, weights: Weights) -> None:
+        served = await self._vocabularies[name]
+        if served is None:
+            return
+        if await asyncio.to_thread(vocabulary_of, weights) != served:
+            raise ConfigError(
+                f"{weights.source} has another vocabulary than the tokenizer that "
+                f"{name} is served with: its text would be garbage; give weights that "
+                "were trained from the same model, or start the server with these"
+            )
+
+    async def _alias_version(self, name: str) -> str:
+        """What the source means; what it meant before if the registry is away."""
+        from rllib_arpo.tracking.registry import model_version
+
+        model = self._models[name]
+        try:
+            return await asyncio.to_thread(model_version, model.source)
+        except ARPOError as error:
+            logger.warning("%s cannot be looked up: %s", model.source, error)
+            return await self._held_version(name)
+
+    async def _held_version(self, name: str) -> str:
+        """What the source meant when weights were last loaded."""
+        started = self._models[name].version.rpartition("/")[2]
+        return (await self._user_config(name)).get(ALIAS, started)
 
     async def _taken_over(self, name: str, version: str) -> None:
         """Return when all replicas begin answers with that version."""
@@ -145,16 +206,14 @@ class Manager:
         from rllib_arpo.tracking.registry import model_version
 
         source = self._models[name].source
-        held = self._models[name].version.rpartition("/")[2]
         while True:
             await asyncio.sleep(poll_s)
             try:
                 version = await asyncio.to_thread(model_version, source)
-                if version != held:
+                if version != await self._held_version(name):
                     await self.reload(name)
-                    held = version
-            except ARPOError as error:
-                logger.warning("%s stays at version %s: %s", name, held, error)
+            except Exception as error:  # boundary: the next look may go well
+                logger.warning("%s keeps its weights: %s", name, error)
 
 
 async def ask(response: Any) -> Any:
@@ -195,54 +254,3 @@ def engine_exposition(model: str, numbers: Mapping[str, float]) -> str:
         )
         gauge.labels(model).set(value)
     return generate_latest(registry).decode()
-
-
-def set_user_config(app: str, configs: Mapping[str, Any]) -> None:
-    """Change `user_config` of deployments, and nothing else of an application.
-
-    Serve offers it for applications from a configuration file only, and only with the
-    whole file; so the controller is given back what it holds.
-
-    Args:
-        app: name of the application.
-        configs: deployment -> its new `user_config`.
-    """
-    from ray.serve._private.deploy_utils import get_deploy_args
-    from ray.serve.context import _get_global_client
-    from ray.serve.generated import serve_pb2
-
-    # Messages that protobuf makes at run time.
-    messages: Any = serve_pb2
-    client: Any = _get_global_client()
-    controller = client._controller
-    held: Any = ray.get(controller.list_deployments_internal.remote())
-    deployments = []
-    for identity, (info, _) in held.items():
-        if identity.app_name != app:
-            continue
-        config = info.deployment_config
-        if identity.name in configs:
-            config = config.model_copy(update={"user_config": configs[identity.name]})
-        wanted = get_deploy_args(
-            identity.name,
-            replica_config=info.replica_config,
-            ingress=info.ingress,
-            deployment_config=config,
-            version=info.version,
-            route_prefix=info.route_prefix,
-        )
-        deployments.append(
-            messages.DeploymentArgs(
-                deployment_name=identity.name,
-                deployment_config=wanted["deployment_config_proto_bytes"],
-                replica_config=wanted["replica_config_proto_bytes"],
-                deployer_job_id=info.deployer_job_id,
-                ingress=info.ingress,
-                **({"route_prefix": info.route_prefix} if info.route_prefix else {}),
-            ).SerializeToString()
-        )
-    ray.get(
-        controller.deploy_applications.remote(
-            {app: deployments}, {app: messages.ApplicationArgs().SerializeToString()}
-        )
-    )

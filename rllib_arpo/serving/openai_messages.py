@@ -171,10 +171,12 @@ class FunctionDefinition(RequestModel):
     name: Annotated[str, Field(pattern=TOOL_NAME)]
     description: Annotated[str, Field(max_length=4096)] | None = None
     parameters: Annotated[FunctionParameters, BeforeValidator(shallow)] | None = None
-    strict: Annotated[
-        Literal[False] | None,
-        only("arguments are not held to their schema; leave it out", False),
-    ] = None
+    strict: bool | None = Field(
+        default=None,
+        description="Taken, as OpenAI's clients send it, and without effect: the model "
+        "reads the schema, but its arguments need not match it. They are always a JSON "
+        "object; check them.",
+    )
 
 
 class ToolDefinition(RequestModel):

@@ -68,6 +68,9 @@ class ServeArgs(BaseModel):
         max_queued_requests: that wait for a replica with room; further ones get 503.
         num_gpus: of each engine.
         poll_s: seconds between two looks at the aliases of a registry.
+        mlflow: store that answers are traced in; None takes `MLFLOW_TRACKING_URI` of
+            the agent replica, and traces none without it.
+        trace_share: of the answers that are traced, from 0 to 1.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -107,6 +110,8 @@ class ServeArgs(BaseModel):
     max_queued_requests: PositiveInt = 1024
     num_gpus: NonNegativeFloat = 0.0
     poll_s: PositiveFloat = 10.0
+    mlflow: str | None = None
+    trace_share: Annotated[float, Field(ge=0, le=1)] = 1.0
 
     @field_validator("api_key_hashes", mode="after")
     @classmethod

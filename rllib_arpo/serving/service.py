@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from rllib_arpo.serving.agent_loop import Agent, AnswerOptions, answer
+from rllib_arpo.serving.answer_log import AnswerLog, AnswerSink, logged
 from rllib_arpo.serving.conversation import Question, read_question
 from rllib_arpo.serving.engine_client import TurnEngine
 from rllib_arpo.serving.events import Event, Finished, TokenUsage
@@ -30,16 +31,27 @@ MAX_WAITING_EVENTS = 64
 class _Asked:
     """A request that can be answered."""
 
+    request: ChatCompletionRequest
     question: Question
     agent: Agent
     engine: TurnEngine
     options: AnswerOptions
     num_answers: int
     created: int
+    sink: AnswerSink | None
 
     def answer(self, choice: int) -> AsyncGenerator[Event, None]:
         options = replace(self.options, choice=choice)
-        return answer(self.question, self.agent, self.engine, options)
+        events = answer(self.question, self.agent, self.engine, options)
+        if self.sink is None or not self.sink.wants():
+            return events
+        log = AnswerLog(
+            request_id=options.request_id,
+            choice=choice,
+            model=self.request.model,
+            messages=self.request.messages,
+        )
+        return logged(events, log, self.sink)
 
 
 class ChatService:
@@ -47,10 +59,17 @@ class ChatService:
 
     Args:
         agents: model name -> the agent and the engine that writes for it.
+        sink: gets answers that are over; None: nobody does.
     """
 
-    def __init__(self, agents: Mapping[str, tuple[Agent, TurnEngine]]) -> None:
+    def __init__(
+        self,
+        agents: Mapping[str, tuple[Agent, TurnEngine]],
+        *,
+        sink: AnswerSink | None = None,
+    ) -> None:
         self._agents = dict(agents)
+        self._sink = sink
 
     def models(self) -> list[str]:
         """Names of the models, in the order in which they were given."""
@@ -128,12 +147,14 @@ class ChatService:
         else:
             question = read_question(request, agent.env, task_id=task_id)
         return _Asked(
+            request=request,
             question=question,
             agent=agent,
             engine=engine,
             options=_options(request, agent, task_id, live=live),
             num_answers=request.n or 1,
             created=int(time.time()),
+            sink=self._sink,
         )
 
 

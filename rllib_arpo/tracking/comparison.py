@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rllib_arpo.errors import DataError
 from rllib_arpo.metrics import METRICS_FILE
 from rllib_arpo.tracking.curves import (
+    BAND,
     DASHES,
     SHADES,
     label_axes,
+    lone_points,
+    new_figure,
     plot_run,
     plot_runs,
     save_figure,
@@ -41,16 +43,16 @@ NUM_MARKS = 10
 TIMES = ("time_generate_s", "time_tools_s", "time_learn_s", "time_sync_s")
 SECONDS = "seconds"
 
-# Key, title, unit.
+# Key, title, unit, floor of the vertical axis.
 PANELS = (
-    ("accuracy", "Accuracy", "mean per trajectory"),
-    ("reward_mean", "Reward", "mean per trajectory"),
-    ("tool_calls_per_trajectory", "Tool calls", "calls per trajectory"),
-    ("branches_per_tree", "Branches", "branches per tree"),
-    ("entropy_after_tool", "Entropy after a tool result", "nats per token"),
-    ("entropy_elsewhere", "Entropy elsewhere", "nats per token"),
-    (TOKEN_RATIO, "Tokens shared", "path tokens per tree token"),
-    (SECONDS, "Time per iteration", "seconds"),
+    ("accuracy", "Accuracy", "mean per trajectory", None),
+    ("reward_mean", "Reward", "mean per trajectory", None),
+    ("tool_calls_per_trajectory", "Tool calls", "calls per trajectory", 0.0),
+    ("branches_per_tree", "Branches", "branches per tree", 0.0),
+    ("entropy_after_tool", "Entropy after a tool result", "nats per token", 0.0),
+    ("entropy_elsewhere", "Entropy elsewhere", "nats per token", 0.0),
+    (TOKEN_RATIO, "Tokens shared", "path tokens per tree token", 1.0),
+    (SECONDS, "Time per iteration", "seconds", 0.0),
 )
 
 
@@ -151,9 +153,8 @@ def _read(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _draw(groups: Mapping[str, Sequence[Series]]) -> Figure:
-    figure = Figure(figsize=(16, 6.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (key, title, unit) in zip(
+    figure = new_figure(6.8)
+    for axes, (key, title, unit, floor) in zip(
         figure.subplots(2, 4).flat, PANELS, strict=True
     ):
         drawn = [
@@ -163,7 +164,7 @@ def _draw(groups: Mapping[str, Sequence[Series]]) -> Figure:
         if drawn:
             for number, runs in enumerate(groups.values()):
                 _draw_group(axes, key, runs, style(number))
-            label_axes(axes, title=title, unit=unit)
+            label_axes(axes, title=title, unit=unit, floor=floor)
     lines = [figure.axes[0].plot([], [], **style(i))[0] for i in range(len(groups))]
     figure.legend(
         lines,
@@ -172,6 +173,8 @@ def _draw(groups: Mapping[str, Sequence[Series]]) -> Figure:
         ncols=min(len(groups), 6),
         frameon=False,
         handlelength=4,
+        title=BAND if any(len(runs) > 1 for runs in groups.values()) else None,
+        title_fontsize=10,
     )
     return figure
 
@@ -189,6 +192,10 @@ def _draw_group(
     mean = over_runs(np.nanmean, values)
     every = max(len(iterations) // NUM_MARKS, 1)
     axes.plot(iterations, mean, markevery=every, **look)
+    lone = lone_points(mean)
+    if lone:
+        dot = look["marker"] or "."
+        axes.plot(iterations[lone], mean[lone], dot, color=look["color"])
     if len(runs) > 1:
         axes.fill_between(
             iterations,

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from rllib_arpo.errors import DataError
 from rllib_arpo.metrics import METRICS_FILE
@@ -32,6 +33,7 @@ DASHES = ("-", "--", ":", "-.")
 SHADES = ("#000000", "#0072B2", "#D55E00", "#777777")
 FILLS = ("#2b5c8a", "#7fa8cc", "#e0a458", "#f3dcb8")
 HATCHES = ("", "//", "..", "xx")
+BAND = "band: from the least to the greatest"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +45,14 @@ class Panel:
         unit: label of the vertical axis.
         keys: metric key -> name in the legend.
         stacked: areas on top of each other instead of lines.
+        floor: where the vertical axis starts; None: below the least value.
     """
 
     title: str
     unit: str
     keys: Mapping[str, str]
     stacked: bool = False
+    floor: float | None = 0.0
 
 
 PANELS = (
@@ -56,6 +60,7 @@ PANELS = (
         title="Reward and accuracy",
         unit="mean per trajectory",
         keys={"accuracy": "accuracy", "reward_mean": "reward"},
+        floor=None,
     ),
     Panel(
         title="Tool calls",
@@ -79,6 +84,7 @@ PANELS = (
         title="Tokens shared",
         unit="path tokens per tree token",
         keys={TOKEN_RATIO: "token ratio"},
+        floor=1.0,
     ),
     Panel(
         title="Response length",
@@ -149,7 +155,15 @@ def save_figure(figure: Figure, out: Path | str) -> Path:
     return out
 
 
-def label_axes(axes: Axes, *, title: str, unit: str) -> None:
+def new_figure(height: float) -> Figure:
+    """Room for two rows of four panels, `height` in inches."""
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(16, height), layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def label_axes(axes: Axes, *, title: str, unit: str, floor: float | None) -> None:
     """What all plots over iterations have in common."""
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel("iteration")
@@ -158,20 +172,25 @@ def label_axes(axes: Axes, *, title: str, unit: str) -> None:
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.locator_params(axis="x", integer=True)
+    if floor is not None:
+        least, greatest = axes.dataLim.intervaly
+        if least >= floor and greatest > floor:
+            axes.set_ylim(floor, floor + 1.08 * (greatest - floor))
 
 
 def _draw(runs: Sequence[Series]) -> Figure:
     """Lay out the panels; every one has axes, those without data stay hidden."""
-    figure = Figure(figsize=(16, 6.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.4)
+    if len(runs) > 1:
+        figure.supxlabel(f"line: mean of {len(runs)} runs, {BAND}", fontsize=10)
     for axes, panel in zip(figure.subplots(2, 4).flat, PANELS, strict=True):
         keys = [key for key in panel.keys if any(has_data(run, key) for run in runs)]
         axes.set_visible(bool(keys))
         if keys:
             (_draw_stacked if panel.stacked else _draw_lines)(axes, panel, keys, runs)
-            label_axes(axes, title=panel.title, unit=panel.unit)
+            label_axes(axes, title=panel.title, unit=panel.unit, floor=panel.floor)
             if panel.stacked:
-                axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # the legend's room
+                axes.set_ylim(0, 1.25 * axes.get_ylim()[1])  # the legend's room
             if len(panel.keys) > 1:
                 axes.legend(frameon=False, fontsize=9, ncols=2 if panel.stacked else 1)
     return figure
@@ -185,16 +204,16 @@ def _draw_lines(
             continue
         iterations, values = align(runs, key)
         mean = over_runs(np.nanmean, values)
-        # A lone point between gaps has no line to show it.
-        marker = "." if np.isfinite(mean).sum() < 60 else ""
         axes.plot(
             iterations,
             mean,
             linestyle=dash,
             color=shade,
-            marker=marker,
             label=panel.keys[key],
         )
+        lone = lone_points(mean)
+        if lone:
+            axes.plot(iterations[lone], mean[lone], "o", color=shade, markersize=4)
         if len(runs) > 1:
             axes.fill_between(
                 iterations,
@@ -204,6 +223,15 @@ def _draw_lines(
                 alpha=0.15,
                 linewidth=0,
             )
+
+
+def lone_points(values: np.ndarray) -> list[int]:
+    """Where a value stands between gaps: it has no line to show it."""
+    known = np.isfinite(values)
+    beside = np.zeros_like(known)
+    beside[1:] |= known[:-1]
+    beside[:-1] |= known[1:]
+    return np.flatnonzero(known & ~beside).tolist()
 
 
 def _draw_stacked(

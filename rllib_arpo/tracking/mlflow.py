@@ -11,11 +11,9 @@ of the best evaluation, registered. All of it goes through a buffer on disk, see
 """
 
 import atexit
-import hashlib
 import json
 import logging
 import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,12 @@ from typing import Any
 from ray.rllib.callbacks.callbacks import RLlibCallback
 
 from rllib_arpo.alarms import ALARMS
-from rllib_arpo.config import ARPOConfig
 from rllib_arpo.errors import ARPOError
 from rllib_arpo.metrics import NUM_TOKENS_SAMPLED
-from rllib_arpo.runs import Record, changed_settings, record_of
+from rllib_arpo.runs import Record, record_of
+from rllib_arpo.storage import write_whole
 from rllib_arpo.tracking.mlflow_buffer import Buffer, RunSpec
+from rllib_arpo.tracking.mlflow_facts import file_tags, git_tags, parameters
 from rllib_arpo.tracking.mlflow_store import EXPERIMENT, tracking_uri
 from rllib_arpo.tracking.mlflow_system import SystemMetrics
 from rllib_arpo.tracking.mlflow_traces import tree_trace
@@ -38,8 +37,6 @@ logger = logging.getLogger(__name__)
 BUFFER_FOLDER = "mlflow"
 BEST_FILE = "best.json"
 EVAL_ACCURACY = "eval_accuracy"
-# Text for people; the rest of a config's numbers are the user's own.
-MAX_LISTED = 20
 
 
 class MLflowCallback(RLlibCallback):
@@ -84,6 +81,7 @@ class MLflowCallback(RLlibCallback):
         self._data_files = data_files
         self._system_metrics = system_metrics
         self._system: SystemMetrics | None = None
+        self._has_failed = False
         self.buffer: Buffer | None = None
 
     def open(self, folder: str | Path, config: Any, *, stage: str) -> None:
@@ -136,16 +134,18 @@ class MLflowCallback(RLlibCallback):
     ) -> None:
         """Log an iteration."""
         stage = type(algorithm).__name__
+        record = record_of(result, stage=stage)
         try:
             if self.buffer is None:
                 folder = self._folder or algorithm.logdir
                 self.open(folder, algorithm.config, stage=stage)
-            record = record_of(result, stage=stage)
             self.log_iteration(record, result.get(ALARMS, ()))
             self._log_trees(record, getattr(algorithm, "saved_trees", ()))
             self._register_best(record, algorithm)
         except (OSError, ARPOError) as error:  # a full disk, for example
-            logger.warning("an iteration is not tracked in MLflow: %s", error)
+            log = logger.debug if self._has_failed else logger.warning
+            self._has_failed = True
+            log("iteration %d is not all in MLflow: %s", record["iteration"], error)
 
     def log_iteration(self, record: Record, alarms: Any = ()) -> None:
         """Log an iteration's record and what rang in it."""
@@ -190,7 +190,6 @@ class MLflowCallback(RLlibCallback):
         folders = self.buffer.folder / "best"
         folder = folders / f"iteration_{record['iteration']:06d}"
         save_agent_of(algorithm, folder)
-        best.write_text(json.dumps({"accuracy": accuracy, "folder": str(folder)}))
         self.buffer.add(
             "model",
             {
@@ -203,6 +202,8 @@ class MLflowCallback(RLlibCallback):
                 },
             },
         )
+        # After the line: a kill between the two registers nothing twice.
+        write_whole(best, json.dumps({"accuracy": accuracy, "folder": str(folder)}))
         for older in folders.iterdir():
             if older != folder:
                 shutil.rmtree(older, ignore_errors=True)
@@ -220,23 +221,6 @@ def save_agent_of(algorithm: Any, folder: Path) -> None:
     save_agent(agent_of_config(algorithm.config), folder)
 
 
-def parameters(config: Any) -> dict[str, str]:
-    """What the user set, as MLflow's parameters: nested settings by dotted names."""
-    changed = (
-        changed_settings(config) if isinstance(config, ARPOConfig) else dict(config)
-    )
-    changed.pop("callbacks_class", None)
-    return _flat(changed)
-
-
-def end_tracking(algorithm: Any, *, status: str = "FINISHED") -> None:
-    """End the MLflow runs of an algorithm's callbacks, see `MLflowCallback.close`."""
-    callbacks = algorithm.callbacks
-    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-        if isinstance(callback, MLflowCallback):
-            callback.close(status=status)
-
-
 def log_record(buffer: Buffer, record: Record, alarms: Any = ()) -> None:
     """Log an iteration's numbers, and a tag per alarm."""
     numbers = {
@@ -250,56 +234,7 @@ def log_record(buffer: Buffer, record: Record, alarms: Any = ()) -> None:
         buffer.tags(
             {
                 f"alarm.{alarm['name']}": f"iteration {step}: {alarm['message']} "
-                f"{alarm['advice']}"
+                f"Try: {alarm['advice']}"
                 for alarm in alarms
             }
         )
-
-
-def git_tags() -> dict[str, str]:
-    """The commit of the working folder, and whether files differ from it."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        changed = bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return {"mlflow.source.git.commit": commit, "git_changed": str(changed).lower()}
-
-
-def file_tags(files: tuple[str, ...]) -> dict[str, str]:
-    """SHA-256 of files by their names; what is no local file is left out."""
-    tags = {}
-    for file in map(Path, files):
-        if file.is_file():
-            with file.open("rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
-            tags[f"data.{file.name}"] = f"sha256:{digest}"
-    return tags
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{name.lstrip('_')}.")
-        elif not callable(value) or isinstance(value, type):
-            flat[f"{prefix}{name.lstrip('_')}"] = _text(value)
-        else:
-            flat[f"{prefix}{name.lstrip('_')}"] = getattr(
-                value, "__qualname__", type(value).__name__
-            )
-    return flat
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, type):
-        return value.__qualname__
-    if isinstance(value, list | tuple) and len(value) > MAX_LISTED:
-        return f"{len(value)} items"
-    return str(value)

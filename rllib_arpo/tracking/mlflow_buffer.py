@@ -1,39 +1,41 @@
-"""What goes to MLflow waits in a file, so that training never waits for a server.
+"""What goes to MLflow waits on disk, so that training never waits for a server.
 
-    training ──append──> outbox.jsonl ──a thread──> MLflow
-                         sent           (bytes of the outbox that MLflow has)
+    training ──add──> outbox/ ──a thread──> MLflow          see `mlflow_outbox.py`
 
-1. A line is on disk before `add` returns; the thread sends them in order and notes how
-   far it came. A server that is down, slow or restarted is tried again; what is left at
-   the end of a process is sent by the next one that opens the folder, or by `flush`.
-2. Nothing is sent twice with effect: every metric carries its time and every trace its
-   id, so that MLflow takes a line that was sent twice for one. A run is found again by
-   a tag with the folder's own id.
-3. Memory is bounded: the thread reads `MAX_BATCH_BYTES` at a time.
+1. A server that is down, slow or restarted is tried again; what is left at the end of a
+   process is sent by the next one that opens the folder, or by `send_later`.
+2. Nothing is sent twice with effect: every metric carries its time, every trace its id
+   and a model version its line, so that MLflow takes a line that was sent twice for
+   one. A run is found again by a tag with the folder's own id.
+3. A disk that is full, or a gigabyte that waits, costs lines and never training: there
+   is one warning, and the number of lines at the end.
 """
 
 import json
 import logging
-import os
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rllib_arpo.errors import ARPOError
 from rllib_arpo.storage import write_whole
+from rllib_arpo.tracking.mlflow_outbox import OUTBOX, Outbox
 from rllib_arpo.tracking.mlflow_store import EXPERIMENT, tracking_uri
+
+if TYPE_CHECKING:
+    from rllib_arpo.tracking.mlflow_sender import Sender
+
+__all__ = ["OUTBOX", "Buffer", "RunSpec", "read_run_id", "send_later"]
 
 logger = logging.getLogger(__name__)
 
-MAX_BATCH_BYTES = 256 * 1024
 RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
-# Lines that the server refuses, not because it is down.
-REFUSED_FILE = "refused.jsonl"
-SPEC_FILE, RUN_ID_FILE, OUTBOX, SENT = "run.json", "run_id", "outbox.jsonl", "sent"
+SPEC_FILE, RUN_ID_FILE = "run.json", "run_id"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +67,10 @@ class Buffer:
     Args:
         folder: made when it is not there; one that holds a run goes on with it.
         spec: of a new run; without effect in a folder that holds one.
+
+    Raises:
+        OSError: the folder cannot be read or written.
+        CheckpointError: likewise.
     """
 
     def __init__(self, folder: str | Path, spec: RunSpec | None = None) -> None:
@@ -74,9 +80,9 @@ class Buffer:
         if not file.exists():
             write_whole(file, json.dumps(asdict(spec or RunSpec())))
         self.spec = RunSpec(**json.loads(file.read_text()))
-        self._mend()
-        self._file = (self.folder / OUTBOX).open("ab")
-        self._lock = threading.Lock()
+        self._outbox = Outbox(self.folder)
+        self._sender: Sender | None = None
+        self._num_dropped = 0
         self._wake = threading.Event()
         self._idle = threading.Condition()
         self._closing = False
@@ -94,18 +100,16 @@ class Buffer:
     @property
     def pending_bytes(self) -> int:
         """What MLflow does not have yet."""
-        return (self.folder / OUTBOX).stat().st_size - self._sent()
+        return self._outbox.pending_bytes
 
     def metrics(
         self, values: Mapping[str, float], *, step: int, time_ms: int | None = None
     ) -> None:
-        """Values of one step.
-
-        Raises:
-            OSError: they cannot be written to disk.
-        """
-        time_ms = _now_ms() if time_ms is None else time_ms
-        self.add("metrics", {"values": dict(values), "step": step, "time_ms": time_ms})
+        """Values of one step."""
+        content: dict[str, Any] = {"values": dict(values), "step": step}
+        if time_ms is not None:
+            content["time_ms"] = time_ms
+        self.add("metrics", content)
 
     def params(self, values: Mapping[str, str]) -> None:
         """Parameters; the first value of a name stays."""
@@ -118,13 +122,21 @@ class Buffer:
     def add(self, kind: str, content: Mapping[str, Any]) -> None:
         """Append a line of a kind that `mlflow_sender.py` knows.
 
-        Raises:
-            OSError: it cannot be written to disk.
+        One that the disk does not take is dropped, so that training goes on.
         """
-        line = json.dumps({"kind": kind, **content}, default=str) + "\n"
-        with self._lock:
-            self._file.write(line.encode())
-            self._file.flush()
+        line = {"kind": kind, "time_ms": time.time_ns() // 1_000_000, **content}
+        try:
+            self._outbox.append((json.dumps(line, default=str) + "\n").encode())
+        except OSError as error:
+            self._num_dropped += 1
+            if self._num_dropped == 1:
+                logger.warning(
+                    "what is logged for MLflow at %s cannot be kept in %s and is "
+                    "dropped until it can: %s. Free some space there.",
+                    self.spec.uri,
+                    self.folder,
+                    error,
+                )
         self._wake.set()
 
     def flush(self, timeout_s: float = 30.0) -> bool:
@@ -142,8 +154,14 @@ class Buffer:
         done = self.flush(timeout_s)
         self._closing = True
         self._wake.set()
-        with self._lock:
-            self._file.close()
+        self._outbox.close()
+        if self._num_dropped:
+            logger.warning(
+                "MLflow at %s lacks %d lines that %s could not keep",
+                self.spec.uri,
+                self._num_dropped,
+                self.folder,
+            )
         if not done:
             logger.warning(
                 "MLflow at %s is away: what it lacks waits in %s and is sent by the "
@@ -164,6 +182,7 @@ class Buffer:
                 self._send_all()
                 failures = 0
             except Exception as error:  # boundary: tracking never stops training
+                self._sender = None
                 failures += 1
                 log = logger.warning if failures == 1 else logger.debug
                 log("MLflow at %s does not answer: %s", self.spec.uri, error)
@@ -171,48 +190,18 @@ class Buffer:
     def _send_all(self) -> None:
         from rllib_arpo.tracking.mlflow_sender import Sender
 
-        sender = Sender(self.folder, self.spec)
         while not self._closing:
-            start = self._sent()
-            lines, end = self._read(start)
+            lines, end = self._outbox.read()
             if not lines:
                 break
-            sender.send([json.loads(line) for line in lines])
-            write_whole(self.folder / SENT, str(end))
+            self._sender = self._sender or Sender(self.folder, self.spec)
+            self._sender.send(_parsed(lines))
+            try:
+                self._outbox.mark_sent(end)
+            except (OSError, ARPOError) as error:
+                logger.debug("what MLflow has is not noted: %s", error)
             with self._idle:
                 self._idle.notify_all()
-
-    def _sent(self) -> int:
-        with suppress(FileNotFoundError):
-            return int((self.folder / SENT).read_text())
-        return 0
-
-    def _read(self, start: int) -> tuple[list[bytes], int]:
-        """Whole lines from a place on, at least one if there is one; where they end."""
-        lines, end = [], start
-        with (self.folder / OUTBOX).open("rb") as file:
-            file.seek(start)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                if lines and end + len(line) - start > MAX_BATCH_BYTES:
-                    break
-                lines.append(line)
-                end += len(line)
-        return lines, end
-
-    def _mend(self) -> None:
-        """Cut off a last line without an end, which a kill left."""
-        file = self.folder / OUTBOX
-        if not file.exists():
-            return
-        content_end = file.stat().st_size
-        with file.open("rb+") as opened:
-            opened.seek(self._sent())
-            whole = opened.read().rfind(b"\n") + 1 + self._sent()
-            if whole < content_end:
-                opened.truncate(whole)
-                os.fsync(opened.fileno())
 
 
 def read_run_id(folder: str | Path) -> str | None:
@@ -227,5 +216,12 @@ def send_later(folder: str | Path, *, timeout_s: float = 60.0) -> bool:
     return Buffer(folder).close(timeout_s)
 
 
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
+def _parsed(lines: Sequence[bytes]) -> list[dict[str, Any]]:
+    """Lines as they were added; one that a power cut has spoilt is left out."""
+    parsed: list[dict[str, Any]] = []
+    for line in lines:
+        try:
+            parsed.append(json.loads(line))
+        except ValueError:
+            logger.warning("a line for MLflow is spoilt and left out")
+    return parsed

@@ -5,20 +5,18 @@ refuses (an illegal name, a deleted run) goes to `refused.jsonl`, so that it doe
 hold up the others.
 """
 
+import hashlib
 import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rllib_arpo.errors import CheckpointError, ConfigError
 from rllib_arpo.storage import write_whole
-from rllib_arpo.tracking.mlflow_buffer import (
-    REFUSED_FILE,
-    RUN_ID_FILE,
-    RunSpec,
-    read_run_id,
-)
+from rllib_arpo.tracking.mlflow_buffer import RUN_ID_FILE, RunSpec, read_run_id
 from rllib_arpo.tracking.mlflow_store import experiment_id, open_client
 from rllib_arpo.tracking.mlflow_traces import send_trace
 from rllib_arpo.tracking.registry import register_model
@@ -27,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 KEY_TAG = "rllib_arpo.buffer"
 PARENT_TAG = "mlflow.parentRunId"
+# Of a model version: the line that it came from.
+LINE_TAG = "rllib_arpo.line"
+REFUSED_FILE = "refused.jsonl"
+MAX_REFUSED_BYTES = 1 << 20
 # Of MLflow's REST interface, for one call.
 MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100
 MAX_PARAM_CHARS, MAX_TAG_CHARS = 6000, 5000
@@ -37,6 +39,8 @@ REFUSALS = (
     "BAD_REQUEST",
     "INVALID_STATE",
 )
+# Refusals that may be for one value of many.
+FAULTS_OF_A_VALUE = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
 class ParentMissingError(Exception):
@@ -57,6 +61,7 @@ class Sender:
         self._client = open_client(spec.uri)
         self._run_id = ""
         self._experiment = ""
+        self._has_refused = False
 
     def send(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Send lines in order.
@@ -64,8 +69,10 @@ class Sender:
         Raises:
             MlflowException: the server is away; nothing is lost by sending all again.
         """
+        if not lines:
+            return
         if not self._run_id:
-            self._run_id = self._find_run() or self._make_run()
+            self._run_id = self._find_run() or self._make_run(lines[0]["time_ms"])
             self._experiment = self._client.get_run(self._run_id).info.experiment_id
         numbers = [line for line in lines if line["kind"] == "metrics"]
         self._or_refuse(self._metrics, numbers)
@@ -84,7 +91,7 @@ class Sender:
         )
         return self._noted(found[0].info.run_id) if found else None
 
-    def _make_run(self) -> str:
+    def _make_run(self, start_ms: int) -> str:
         tags = {**self._spec.tags, KEY_TAG: self._spec.key}
         if self._spec.parent is not None:
             parent = read_run_id(self._spec.parent)
@@ -93,13 +100,15 @@ class Sender:
             tags[PARENT_TAG] = parent
         run = self._client.create_run(
             experiment_id(self._client, self._spec.experiment),
+            start_time=start_ms,
             tags=tags,
             run_name=self._spec.name or None,
         )
         return self._noted(run.info.run_id)
 
     def _noted(self, run_id: str) -> str:
-        write_whole(self._folder / RUN_ID_FILE, run_id)
+        with suppress(CheckpointError):  # a full disk: it is found again by its tag
+            write_whole(self._folder / RUN_ID_FILE, run_id)
         return run_id
 
     def _metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -153,20 +162,38 @@ class Sender:
     def _model(self, line: Mapping[str, Any]) -> None:
         if not Path(line["folder"]).is_dir():
             return  # a better one came before this one was sent
+        mark = _mark({name: line[name] for name in line if name != "time_ms"})
+        version = self._version_of(line["name"], mark)
+        if version is not None:
+            if line["alias"] is not None:
+                self._client.set_registered_model_alias(
+                    line["name"], line["alias"], version
+                )
+            return
         register_model(
             line["folder"],
             line["name"],
             alias=line["alias"],
             run_id=self._run_id,
-            tags=line["tags"],
+            tags={**line["tags"], LINE_TAG: mark},
             uri=self._spec.uri,
         )
+
+    def _version_of(self, name: str, mark: str) -> str | None:
+        """Of a line that was sent before; None: it was not."""
+        found = self._client.search_model_versions(f"run_id='{self._run_id}'")
+        for version in found:
+            if version.name == name and version.tags.get(LINE_TAG) == mark:
+                return str(version.version)
+        return None
 
     def _status(self, line: Mapping[str, Any]) -> None:
         if line["status"] == "RUNNING":
             self._client.update_run(self._run_id, status="RUNNING")
         else:
-            self._client.set_terminated(self._run_id, status=line["status"])
+            self._client.set_terminated(
+                self._run_id, status=line["status"], end_time=line["time_ms"]
+            )
 
     def _or_refuse(
         self,
@@ -177,12 +204,46 @@ class Sender:
 
         try:
             send(lines)
-        except MlflowException as error:
-            if error.error_code not in REFUSALS:
+        except (MlflowException, ConfigError) as error:
+            code = _code(error)
+            if code not in REFUSALS:
                 raise
-            logger.warning("MLflow refuses what was logged: %s", error)
-            with (self._folder / REFUSED_FILE).open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+            parts = _parts(lines) if code in FAULTS_OF_A_VALUE else []
+            for part in parts:
+                self._or_refuse(send, [part])
+            if not parts:
+                self._refuse(lines, error)
+
+    def _refuse(self, lines: Sequence[Mapping[str, Any]], error: Exception) -> None:
+        log = logger.debug if self._has_refused else logger.warning
+        self._has_refused = True
+        file = self._folder / REFUSED_FILE
+        log("MLflow refuses what was logged, see %s: %s", file, error)
+        with suppress(OSError), file.open("a") as opened:
+            if opened.tell() < MAX_REFUSED_BYTES:
+                opened.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _code(error: Exception) -> str:
+    """MLflow's, also of an error that is the cause of ours."""
+    return getattr(error, "error_code", None) or getattr(
+        error.__cause__, "error_code", ""
+    )
+
+
+def _parts(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Smaller lines that say the same; none if there are no smaller ones."""
+    if len(lines) > 1:
+        return list(lines)
+    (line,) = lines
+    values: Mapping[str, Any] = line.get("values", {})
+    if len(values) <= 1:
+        return []
+    return [{**line, "values": {name: value}} for name, value in values.items()]
+
+
+def _mark(line: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(line, sort_keys=True).encode()).hexdigest()
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -13,10 +13,13 @@ if TYPE_CHECKING:
 
 DATABASE = "mlruns.db"
 EXPERIMENT = "rllib-arpo"
-# A server that hangs is tried again later, by us: its client would wait for minutes.
+# At the end of a run: for a store that is away, and for one that gets a large model.
+WAIT_FOR_NONE_S, WAIT_FOR_MODEL_S = 5.0, 600.0
+# A server that hangs is tried again later, by us: its client would wait for minutes,
+# and make a run twice that a slow server has made already.
 PATIENCE = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
 }
 
 
@@ -36,6 +39,17 @@ def open_client(uri: str | None = None) -> "MlflowClient":
     return MlflowClient(
         tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri
     )
+
+
+def seconds_to_wait(uri: str) -> float:
+    """For what is left to be sent at an end: little when the store does not answer."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        open_client(uri).search_experiments(max_results=1)
+    except (MlflowException, OSError):
+        return WAIT_FOR_NONE_S
+    return WAIT_FOR_MODEL_S
 
 
 def experiment_id(client: "MlflowClient", name: str) -> str:

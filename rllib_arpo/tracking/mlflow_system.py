@@ -2,17 +2,24 @@
 
 import logging
 import threading
+from contextlib import suppress
 from typing import Any
 
+from rllib_arpo.errors import CheckpointError
+from rllib_arpo.storage import write_whole
 from rllib_arpo.tracking.mlflow_buffer import Buffer
 
 logger = logging.getLogger(__name__)
 
 INTERVAL_S = 10.0
+STOP_S = 5.0
+STEP_FILE = "system_step"
 
 
 class SystemMetrics:
     """Logs the machine's load in a thread, as MLflow names it.
+
+    The steps count samples and go on where those of the same buffer's folder ended.
 
     Args:
         buffer: of the run.
@@ -22,30 +29,45 @@ class SystemMetrics:
     def __init__(self, buffer: Buffer, interval_s: float = INTERVAL_S) -> None:
         self._buffer = buffer
         self._interval_s = interval_s
+        self._file = buffer.folder / STEP_FILE
         self._stopped = threading.Event()
-        threading.Thread(target=self._run, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
         """Take no more samples."""
         self._stopped.set()
+        self._thread.join(STOP_S)  # a sensor may hang
 
     def _run(self) -> None:
         try:
             monitors = _monitors()
-            step = 0
-            while not self._stopped.is_set():
-                for monitor in monitors:
-                    monitor.collect_metrics()
-                    values = monitor.aggregate_metrics()
-                    monitor.clear_metrics()
-                    self._buffer.metrics(
-                        {f"system/{name}": value for name, value in values.items()},
-                        step=step,
-                    )
+            step = self._next_step()
+            while True:
+                # Before the sample: a kill in between skips a step, and repeats none.
+                with suppress(CheckpointError):  # a full disk
+                    write_whole(self._file, str(step + 1))
+                self._sample(monitors, step)
                 step += 1
-                self._stopped.wait(self._interval_s)
-        except Exception as error:  # boundary: a sensor fails, or the buffer is closed
+                if self._stopped.wait(self._interval_s):
+                    break
+        except Exception as error:  # boundary: a sensor fails
             logger.debug("the machine's load is not tracked any more: %s", error)
+
+    def _next_step(self) -> int:
+        with suppress(FileNotFoundError):
+            return int(self._file.read_text())
+        return 0
+
+    def _sample(self, monitors: list[Any], step: int) -> None:
+        values: dict[str, float] = {}
+        for monitor in monitors:
+            monitor.collect_metrics()
+            values |= monitor.aggregate_metrics()
+            monitor.clear_metrics()
+        self._buffer.metrics(
+            {f"system/{name}": value for name, value in values.items()}, step=step
+        )
 
 
 def _monitors() -> list[Any]:

@@ -37,13 +37,13 @@ MAX_ASSESSMENTS = 200
 
 
 @dataclass(slots=True, kw_only=True)
-class _Span:
+class TraceSpan:
     """A span as it lies in the buffer; times in ns since the trace's start."""
 
-    span_id: str
     parent_id: str | None
     name: str
     span_type: str
+    span_id: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
     start: int = 0
     end: int = 0
     failed: bool = False
@@ -104,10 +104,10 @@ class _Spans:
             self._children[parent].append(index)
             before = len(tree.segments[parent].token_ids)
             self._context.append(self._context[parent] + before)
-        self.made: list[_Span] = []
+        self.made: list[TraceSpan] = []
         self.of_segment: dict[int, str] = {}
 
-    def build(self) -> _Span:
+    def build(self) -> TraceSpan:
         tree = self._tree
         root = self._add(None, "tree", "AGENT")
         root.inputs = {"messages": [asdict(message) for message in tree.task.messages]}
@@ -127,7 +127,7 @@ class _Spans:
         root.end = self._below(0, root, 0)
         return root
 
-    def _below(self, index: int, parent: _Span, clock: int) -> int:
+    def _below(self, index: int, parent: TraceSpan, clock: int) -> int:
         """Spans of all that follows a segment; when the last of it ends."""
         while len(after := self._children[index]) == 1:
             (index,) = after
@@ -140,7 +140,7 @@ class _Spans:
             ends.append(path.end)
         return max(ends)
 
-    def _segment(self, index: int, parent: _Span, clock: int) -> int:
+    def _segment(self, index: int, parent: TraceSpan, clock: int) -> int:
         segment = self._tree.segments[index]
         call = segment.tool_call
         if call is not None:
@@ -152,7 +152,11 @@ class _Spans:
             seconds = call.latency_s
         else:
             span = self._add(parent, "turn", "LLM")
-            span.inputs = {"after": self._tree.segments[segment.parent or 0].text}
+            span.inputs = (
+                {"after": self._tree.segments[segment.parent].text}
+                if segment.parent
+                else self.made[0].inputs
+            )
             span.outputs = {"text": segment.text}
             span.attributes = _turn_attributes(segment, self._context[index])
             seconds = len(segment.token_ids) * self._seconds_per_token
@@ -160,9 +164,8 @@ class _Spans:
         span.start, span.end = clock, clock + int(seconds * NS)
         return span.end
 
-    def _add(self, parent: _Span | None, name: str, span_type: str) -> _Span:
-        span = _Span(
-            span_id=uuid.uuid4().hex[:16],
+    def _add(self, parent: TraceSpan | None, name: str, span_type: str) -> TraceSpan:
+        span = TraceSpan(
             parent_id=None if parent is None else parent.span_id,
             name=name,
             span_type=span_type,
@@ -172,17 +175,10 @@ class _Spans:
 
 
 def _turn_attributes(segment: Segment, prompt_tokens: int) -> dict[str, Any]:
-    completion_tokens = len(segment.token_ids)
     attributes: dict[str, Any] = {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
         "finish_reason": segment.finish_reason,
         "latency_is": "the tokens' share of the iteration's time",
-        "mlflow.chat.tokenUsage": {
-            "input_tokens": prompt_tokens,
-            "output_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        },
+        **token_usage(prompt_tokens, len(segment.token_ids)),
     }
     if len(segment.entropies):
         attributes["entropy_mean_nats"] = float(segment.entropies.mean())
@@ -194,10 +190,32 @@ def _turn_attributes(segment: Segment, prompt_tokens: int) -> dict[str, Any]:
     return attributes
 
 
+def token_usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+    """Attributes of a turn's span, those that MLflow's page adds up among them."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "mlflow.chat.tokenUsage": {
+            "input_tokens": prompt_tokens,
+            "output_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        },
+    }
+
+
 def send_trace(
-    client: "MlflowClient", trace: Mapping[str, Any], experiment: str, run_id: str
+    client: "MlflowClient",
+    trace: Mapping[str, Any],
+    experiment: str,
+    run_id: str | None = None,
 ) -> None:
     """Send a trace that `tree_trace` made; sending it again changes nothing.
+
+    Args:
+        client: of the store.
+        trace: as in the buffer.
+        experiment: id.
+        run_id: that it belongs to; None: to none.
 
     Raises:
         MlflowException: the server is away, or refuses it.
@@ -214,13 +232,13 @@ def send_trace(
             trace_id=trace_id,
             trace_location=TraceLocation.from_experiment_id(experiment),
             request_time=trace["start_ms"],
-            state=TraceState.OK,
-            request_preview=_preview(root["inputs"]),
+            state=TraceState.ERROR if root["failed"] else TraceState.OK,
+            request_preview=_preview(root["inputs"]["messages"][-1].get("content")),
             response_preview=_preview(root["outputs"]),
             execution_duration=trace["duration_ms"],
             trace_metadata={
-                SOURCE_RUN: run_id,
                 "mlflow.trace_schema.version": "3",
+                **({} if run_id is None else {SOURCE_RUN: run_id}),
             },
             tags={
                 "mlflow.traceName": root["name"],
@@ -282,6 +300,8 @@ def _assessments(trace: Mapping[str, Any], trace_id: str) -> list["Assessment"]:
 
 
 def _preview(content: Any) -> str:
+    if isinstance(content, str):
+        return content[:MAX_PREVIEW_CHARS]
     return json.dumps(content, ensure_ascii=False)[:MAX_PREVIEW_CHARS]
 
 

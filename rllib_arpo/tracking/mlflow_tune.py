@@ -3,21 +3,41 @@
     tune.Tuner(..., run_config=tune.RunConfig(callbacks=[TuneMLflowCallback()]))
 
 It is Ray's `MLflowLoggerCallback` with what it writes replaced: named metrics instead
-of all of RLlib's, the settings that the sweep varies instead of all, through a buffer
-on disk. It runs in the process of the Tuner; trials need no MLflow.
+of all of RLlib's, the settings that the user set instead of all, through a buffer on
+disk, and at the end the model of the best trial, registered. It runs in the process of
+the Tuner; trials need no MLflow, and their trees do not become traces.
 """
 
-from collections.abc import Mapping
+import logging
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ray.air.integrations.mlflow import MLflowLoggerCallback
+from ray.tune.experiment import Trial
 
 from rllib_arpo.alarms import ALARMS
+from rllib_arpo.arpo import ARPO
+from rllib_arpo.errors import ARPOError
 from rllib_arpo.runs import record_of
-from rllib_arpo.tracking.mlflow import git_tags, log_record
-from rllib_arpo.tracking.mlflow_buffer import Buffer, RunSpec
-from rllib_arpo.tracking.mlflow_store import EXPERIMENT, tracking_uri
+from rllib_arpo.sweep_table import at, is_number, one_line, varied_settings
+from rllib_arpo.tracking.mlflow import log_record
+from rllib_arpo.tracking.mlflow_buffer import SPEC_FILE, Buffer, RunSpec, send_later
+from rllib_arpo.tracking.mlflow_facts import file_tags, git_tags, parameters
+from rllib_arpo.tracking.mlflow_store import (
+    EXPERIMENT,
+    WAIT_FOR_MODEL_S,
+    WAIT_FOR_NONE_S,
+    seconds_to_wait,
+    tracking_uri,
+)
+from rllib_arpo.tracking.mlflow_system import SystemMetrics
+from rllib_arpo.tracking.registry import CHAMPION
+
+logger = logging.getLogger(__name__)
+
+PARENT, BEST = "parent", "best"
 
 
 class TuneMLflowCallback(MLflowLoggerCallback):
@@ -29,7 +49,12 @@ class TuneMLflowCallback(MLflowLoggerCallback):
         uri: of the store; None: as in `mlflow_store.tracking_uri`.
         experiment: name in MLflow.
         name: of the parent run; None: that of the folder.
-        tags: of the parent run.
+        tags: of the parent run and of those of the trials.
+        data_files: their hashes become tags.
+        metric: of Tune, decides which trial is best; None: none is.
+        mode: "max" or "min" of `metric`.
+        registered_model: name under which the best trial's newest checkpoint is
+            registered at the end; None registers none.
     """
 
     def __init__(
@@ -40,55 +65,172 @@ class TuneMLflowCallback(MLflowLoggerCallback):
         experiment: str = EXPERIMENT,
         name: str | None = None,
         tags: Mapping[str, str] | None = None,
+        data_files: tuple[str, ...] = (),
+        metric: str | None = "env_runners/accuracy",
+        mode: str | None = "max",
+        registered_model: str | None = "arpo-agent",
     ) -> None:
         uri = tracking_uri(uri)
         super().__init__(uri, experiment_name=experiment, tags=dict(tags or {}))
         self._folder = Path(folder).absolute()
         self._name = name or self._folder.name
+        self._data_files = data_files
+        self._metric, self._mode = metric, mode
+        self._registered_model = registered_model
         self._parent: Buffer | None = None
+        self._system: SystemMetrics | None = None
         self._trials: dict[str, Buffer] = {}
+        self._settings: dict[str, dict[str, Any]] = {}
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
         """Open the parent run."""
-        self._parent = self._open(self._folder / "parent", self._name, None)
+        self.tags = {**(self.tags or {}), **git_tags(), **file_tags(self._data_files)}
+        self._parent = self._open(self._folder / PARENT, self._name, None)
+        # Of a sweep that goes on, whatever the environment says by now.
+        self.tracking_uri = self._parent.spec.uri
+        self.experiment_name = self._parent.spec.experiment
         self._parent.add("status", {"status": "RUNNING"})
-        self._parent.tags({**(self.tags or {}), **git_tags()})
+        self._parent.tags(self.tags)
+        self._system = SystemMetrics(self._parent)
 
-    def log_trial_start(self, trial: Any) -> None:
+    def log_trial_start(self, trial: Trial) -> None:
         """Open a trial's run; that of a restored or restarted one goes on."""
+        self._note_changes(trial)
         if trial.trial_id in self._trials:
             return
         buffer = self._open(
-            self._folder / trial.trial_id, str(trial), str(self._folder / "parent")
+            self._folder / trial.trial_id, str(trial), str(self._folder / PARENT)
         )
         buffer.add("status", {"status": "RUNNING"})
-        buffer.params({str(k): str(v) for k, v in trial.evaluated_params.items()})
-        buffer.tags({"trial_id": trial.trial_id, "trial_folder": str(trial.path)})
+        buffer.params(_parameters(trial))
+        buffer.tags(
+            {
+                **(self.tags or {}),
+                "algorithm": str(trial.trainable_name),
+                "trial_id": trial.trial_id,
+                "run_folder": str(trial.path),
+            }
+        )
         self._trials[trial.trial_id] = buffer
 
-    def log_trial_result(self, iteration: int, trial: Any, result: dict) -> None:
+    def log_trial_result(self, iteration: int, trial: Trial, result: dict) -> None:
         """Log an iteration of a trial."""
         record = record_of(result, stage=str(trial.trainable_name))
         log_record(self._trials[trial.trial_id], record, result.get(ALARMS, ()))
 
-    def log_trial_save(self, trial: Any) -> None:
+    def log_trial_save(self, trial: Trial) -> None:
         """Note where the newest checkpoint is."""
         checkpoint = trial.checkpoint
         if checkpoint is not None and trial.trial_id in self._trials:
             self._trials[trial.trial_id].tags({"checkpoint": checkpoint.path})
 
-    def log_trial_end(self, trial: Any, failed: bool = False) -> None:
-        """End a trial's run."""
-        buffer = self._trials.pop(trial.trial_id, None)
-        if buffer is not None:
-            buffer.add("status", {"status": "FAILED" if failed else "FINISHED"})
-            buffer.close(timeout_s=5.0)
+    def log_trial_end(self, trial: Trial, failed: bool = False) -> None:
+        """End a trial's run; one that could not start has one, too."""
+        if failed:
+            self.log_trial_start(trial)
+        self._end(trial.trial_id, "FAILED" if failed else "FINISHED")
 
-    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """End the parent run."""
-        if self._parent is not None:
-            self._parent.add("status", {"status": "FINISHED"})
-            self._parent.close()
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        """Register the best trial's model, and end the parent run."""
+        # Those of an interrupt, though Tune calls some of them terminated.
+        running = list(self._trials)
+        for trial_id in running:
+            self._end(trial_id, "KILLED")
+        assert self._parent is not None
+        if self._system is not None:
+            self._system.stop()
+        done = not running and all(trial.is_finished() for trial in trials)
+        for trial in trials:
+            if trial.status == Trial.ERROR:  # known only after the trial's end
+                error = {"error": one_line(trial.get_error())}
+                self._add(trial, "tags", {"values": error})
+        best = self._best(trials)
+        if done and best is not None:
+            value = at(best.last_result, self._metric or "")
+            self._parent.tags({"best_trial": best.trial_id})
+            self._parent.metrics({"best": value}, step=0)
+            self._register(best, value)
+        self._parent.add("status", {"status": "FINISHED" if done else "KILLED"})
+        if self._parent.close():
+            self._send_rest()
+
+    def _end(self, trial_id: str, status: str) -> None:
+        buffer = self._trials.pop(trial_id, None)
+        if buffer is not None:
+            buffer.add("status", {"status": status})
+            buffer.close(WAIT_FOR_NONE_S)
+
+    def _note_changes(self, trial: Trial) -> None:
+        """Population based training sets others; MLflow's parameters stay."""
+        settings = varied_settings(trial)
+        before = self._settings.setdefault(trial.trial_id, settings)
+        buffer = self._trials.get(trial.trial_id)
+        if settings == before or buffer is None:
+            return
+        self._settings[trial.trial_id] = settings
+        since = (trial.last_result or {}).get("training_iteration", 0) + 1
+        buffer.tags(
+            {
+                f"changed.{_name(key)}": f"{value} from iteration {since} on"
+                for key, value in settings.items()
+                if value != before.get(key)
+            }
+        )
+
+    def _best(self, trials: Iterable[Trial]) -> Trial | None:
+        if self._metric is None:
+            return None
+        sign = 1 if self._mode == "max" else -1
+        values = {
+            trial: sign * at(trial.last_result, self._metric)
+            for trial in trials
+            if trial.status == Trial.TERMINATED
+            and is_number(at(trial.last_result, self._metric))
+        }
+        return max(values, key=values.__getitem__, default=None)
+
+    def _register(self, trial: Trial, value: float) -> None:
+        from rllib_arpo.agent_weights import export_weights
+        from rllib_arpo.agents import find_agent, save_agent
+
+        if self._registered_model is None or trial.checkpoint is None:
+            return
+        shutil.rmtree(self._folder / BEST, ignore_errors=True)
+        folder = self._folder / BEST / trial.trial_id
+        try:
+            with trial.checkpoint.as_directory() as checkpoint:
+                export_weights(checkpoint, folder)
+                save_agent(find_agent(checkpoint).settings, folder)
+        except (OSError, ARPOError) as error:
+            logger.warning("the best trial's model is not registered: %s", error)
+            return
+        iteration = trial.last_result["training_iteration"]
+        self._add(
+            trial,
+            "model",
+            {
+                "folder": str(folder),
+                "name": self._registered_model,
+                "alias": CHAMPION,
+                "tags": {
+                    "iteration": str(iteration),
+                    "trial_id": trial.trial_id,
+                    _name(self._metric or ""): f"{value:.4f}",
+                },
+            },
+        )
+
+    def _add(self, trial: Trial, kind: str, content: Mapping[str, Any]) -> None:
+        """Add a line to the run of a trial that has ended."""
+        buffer = Buffer(self._folder / trial.trial_id)
+        buffer.add(kind, content)
+        buffer.close(seconds_to_wait(buffer.spec.uri))
+
+    def _send_rest(self) -> None:
+        """What could not be sent when a trial ended, as the store was away."""
+        for file in sorted(self._folder.glob(f"*/{SPEC_FILE}")):
+            if not send_later(file.parent, timeout_s=WAIT_FOR_MODEL_S):
+                return
 
     def _open(self, folder: Path, name: str, parent: str | None) -> Buffer:
         assert self.tracking_uri is not None
@@ -101,3 +243,17 @@ class TuneMLflowCallback(MLflowLoggerCallback):
                 parent=parent,
             ),
         )
+
+
+def _parameters(trial: Trial) -> dict[str, str]:
+    """What the user set, and what the sweep chose."""
+    chosen = {_name(k): str(v) for k, v in varied_settings(trial).items()}
+    trainable = trial.get_trainable_cls()
+    if not isinstance(trainable, type) or not issubclass(trainable, ARPO):
+        return chosen
+    config = trainable.get_default_config().update_from_dict(dict(trial.config))
+    return {**parameters(config), **chosen}
+
+
+def _name(key: str) -> str:
+    return key.replace("/", ".")

@@ -75,12 +75,15 @@ def register_model(
             saved = save_model(folder, Path(scratch) / "model")
             model_id, location = _log_model(client, saved, name, run_id)
         _make_registered(client, name)
+        # A server wants to know whose files the source names. A local store looks up
+        # the model of a version without a run in the store of the process.
+        known = run_id is not None or client.tracking_uri.startswith("http")
         version = client.create_model_version(
             name,
             source=location,
             run_id=run_id,
-            # Linked by a tag: `model_id=` is looked up in the store of the process.
             tags={**(tags or {}), "model_id": model_id},
+            model_id=model_id if known else None,
         ).version
         if alias is not None:
             client.set_registered_model_alias(name, alias, str(version))

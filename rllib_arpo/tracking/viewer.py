@@ -1,24 +1,63 @@
 """The tree viewer: the trees of an iteration as one self-contained HTML file.
 
 Page, style and script lie in `viewer/` and are put into the file, which asks nobody
-for anything: its content security policy forbids every request.
+for anything: its content security policy forbids every request. A file that would be
+too big to open at once shows long texts without their middle.
 """
 
 import html
-import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from rllib_arpo.data.tree_files import read_trees
 from rllib_arpo.errors import ConfigError
-from rllib_arpo.tracking.viewer_data import Decode, Pieces, embedded, run_data
+from rllib_arpo.tracking.viewer_data import (
+    CHARS_PER_TOKEN,
+    AdvantageSettings,
+    Decode,
+    Pieces,
+    embedded,
+    run_data,
+)
+from rllib_arpo.tracking.viewer_files import (
+    TreesByTask,
+    advantage_settings,
+    alarms,
+    decoder,
+    tree_files,
+)
 from rllib_arpo.tree import RolloutTree
 
-ALARMS_FILE = "alarms.jsonl"
 VIEWS = "views"
+
+MAX_PAGE_BYTES = 2_000_000
+# Characters that a text keeps, the first that makes the page small enough. Segments
+# cost about 300 bytes each without any text, so thousands of them have their size.
+TEXT_LIMITS = (None, 16_000, 8000, 4000, 2000, 1000, 500, 250, 120, 60)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownRun:
+    """What one side of the page shows.
+
+    Attributes:
+        name: of the run, and of the iteration that all trees are of.
+        trees: of the iteration, or of several.
+        iterations: of each tree where they differ, else empty.
+        settings: how the run makes advantages of rewards.
+        decode: text of one token id; without it a token is shown by its number.
+    """
+
+    name: str
+    trees: Sequence[RolloutTree]
+    iterations: Sequence[int] = ()
+    settings: AdvantageSettings = field(default_factory=AdvantageSettings)
+    decode: Decode | None = None
 
 
 def write_view(
@@ -33,8 +72,8 @@ def write_view(
     Args:
         run: folder of a run.
         iteration: which one; None is all that the run keeps trees of.
-        compare: another run, whose trees of the same iteration stand beside those of
-            the same task; where it has none of that iteration, its newest are used.
+        compare: another run; beside each tree stands its tree of the same task, of
+            the same iteration or else of the nearest that has one.
         out: folder for the files, `views` in the run's folder when None.
 
     Returns:
@@ -44,29 +83,39 @@ def write_view(
         ConfigError: there are no trees.
         DataError: a file of trees cannot be read.
     """
-    kept = _tree_files(run)
+    kept = tree_files(run)
     if iteration is not None and iteration not in kept:
         raise ConfigError(
             f"{run} keeps no trees of iteration {iteration}: it has those of "
             f"{', '.join(map(str, kept))}"
         )
-    others = _tree_files(compare) if compare is not None else {}
-    decode = _decoder(run)
+    name, other_name = _names(run, compare)
+    settings, decode = advantage_settings(run), decoder(run)
+    other_trees = None if compare is None else TreesByTask(tree_files(compare))
     folder = out if out is not None else run / VIEWS
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     for number in kept if iteration is None else [iteration]:
-        other = None
-        if compare is not None:
-            chosen = number if number in others else max(others)
-            other = (f"{compare.name} · {chosen}", list(read_trees(others[chosen])))
-        page = render_trees(
-            list(read_trees(kept[number])),
-            title=f"{run.name} · iteration {number}",
-            other=other,
-            alarms=_alarms(run, number),
+        shown = ShownRun(
+            name=f"{name} · iteration {number}",
+            trees=list(read_trees(kept[number])),
+            settings=settings,
             decode=decode,
         )
+        other = None
+        if compare is not None and other_trees is not None:
+            nearest = [
+                other_trees.nearest(tree.task.task_id, number) for tree in shown.trees
+            ]
+            found = [pair for pair in nearest if pair is not None]
+            other = ShownRun(
+                name=other_name,
+                trees=[tree for _, tree in found],
+                iterations=[at for at, _ in found],
+                settings=advantage_settings(compare),
+                decode=decoder(compare),
+            )
+        page = render_trees(shown, other=other, alarms=alarms(run, number))
         file = folder / f"iteration_{number:06d}.html"
         file.write_text(page, encoding="utf-8")
         written.append(file)
@@ -74,32 +123,69 @@ def write_view(
 
 
 def render_trees(
-    trees: Sequence[RolloutTree],
+    run: ShownRun,
     *,
-    title: str,
-    other: tuple[str, Sequence[RolloutTree]] | None = None,
+    other: ShownRun | None = None,
     alarms: Sequence[Mapping[str, Any]] = (),
-    decode: Decode | None = None,
 ) -> str:
     """The page as text.
 
     Args:
-        trees: of one iteration.
-        title: names run and iteration.
-        other: name and trees of a run to compare with, matched by `task_id`.
+        run: whose trees are listed.
+        other: a run to compare with, its trees matched by `task_id`; tasks that both
+            have come first.
         alarms: with "name", "message" and "advice".
-        decode: text of one token id; without it a token is shown by its number.
+
+    Returns:
+        At most 2 MB of UTF-8, unless the segments are too many for that even with
+        all their texts at the shortest.
     """
-    pieces = Pieces()
-    runs = [run_data(trees, name=title, pieces=pieces, decode=decode)]
+    runs = [run]
     if other is not None:
-        name, others = other
-        tasks = {tree.task.task_id for tree in trees}
-        matched = [tree for tree in others if tree.task.task_id in tasks]
-        runs.append(run_data(matched, name=name, pieces=pieces, decode=decode))
+        both = {tree.task.task_id for tree in other.trees}
+        first = sorted(run.trees, key=lambda tree: tree.task.task_id not in both)
+        runs = [replace(run, trees=first), other]
+    page = ""
+    for limit in TEXT_LIMITS:
+        if limit != TEXT_LIMITS[-1] and _least_bytes(runs, limit) > MAX_PAGE_BYTES:
+            continue
+        page = _page(runs, alarms, limit)
+        if len(page.encode()) <= MAX_PAGE_BYTES:
+            break
+    return page
+
+
+def _least_bytes(runs: Sequence[ShownRun], limit: int | None) -> int:
+    """What texts and entropies take at least; far quicker than to make the page."""
+    most = sys.maxsize if limit is None else limit
+    return sum(
+        min(len(segment.text), most)
+        + 2 * min(len(segment.entropies), most // CHARS_PER_TOKEN)
+        for run in runs
+        for tree in run.trees
+        for segment in tree.segments
+    )
+
+
+def _page(
+    runs: Sequence[ShownRun], alarms: Sequence[Mapping[str, Any]], limit: int | None
+) -> str:
+    pieces = Pieces()
     data = {
-        "runs": runs,
+        "runs": [
+            run_data(
+                run.trees,
+                name=run.name,
+                iterations=run.iterations,
+                pieces=pieces,
+                decode=run.decode,
+                settings=run.settings,
+                limit=limit,
+            )
+            for run in runs
+        ],
         "pieces": pieces.texts,
+        "limit": limit,
         "alarms": [
             {key: str(alarm.get(key, "")) for key in ("name", "message", "advice")}
             for alarm in alarms
@@ -108,7 +194,7 @@ def render_trees(
     parts = files("rllib_arpo.tracking") / "viewer"
     page = (parts / "page.html").read_text(encoding="utf-8")
     texts = {
-        "title": html.escape(title),
+        "title": html.escape(runs[0].name),
         "style": (parts / "viewer.css").read_text(encoding="utf-8"),
         "script": (parts / "viewer.js").read_text(encoding="utf-8"),
         "data": embedded(data),
@@ -117,33 +203,9 @@ def render_trees(
     return re.sub(f"@({'|'.join(texts)})@", lambda mark: texts[mark[1]], page)
 
 
-def _tree_files(run: Path) -> dict[int, Path]:
-    found = sorted((run / "trees").glob("iteration_*.parquet"))
-    if not found:
-        raise ConfigError(
-            f"{run} keeps no trees: give the folder of a run, trained with "
-            "num_saved_trees above 0"
-        )
-    return {int(file.stem.removeprefix("iteration_")): file for file in found}
-
-
-def _alarms(run: Path, iteration: int) -> list[dict[str, Any]]:
-    file = run / ALARMS_FILE
-    if not file.exists():
-        return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    # A line without an end was cut by a kill.
-    alarms = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [alarm for alarm in alarms if alarm["iteration"] == iteration]
-
-
-def _decoder(run: Path) -> Decode | None:
-    """Text of a token by the tokenizer that the run saved, if it did."""
-    for folder in ("model", "base"):
-        file = run / folder / "tokenizer.json"
-        if file.is_file():
-            from tokenizers import Tokenizer
-
-            tokenizer = Tokenizer.from_file(str(file))
-            return lambda token: tokenizer.decode([token], skip_special_tokens=False)
-    return None
+def _names(run: Path, compare: Path | None) -> tuple[str, str]:
+    """Short names of both runs that differ."""
+    if compare is None:
+        return run.absolute().name, ""
+    short = run.absolute().name, compare.absolute().name
+    return short if short[0] != short[1] else (str(run), str(compare))

@@ -1,23 +1,41 @@
 """Rollout trees as compact JSON for the viewer's page.
 
 Numbers of every token (entropies as float16, pieces as indices) are base64, texts of
-tokens stand once in a table: a tree of 64 leaves and 20 turns stays below 2 MB.
+tokens stand once in a table: a tree of 64 leaves and 20 turns stays below 2 MB. Where
+texts are long, their middle is left out; no segment, leaf or number of one ever is.
 """
 
 import base64
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rllib_arpo.learner.advantages import group_advantages
+from rllib_arpo.learner.advantages import (
+    Attribution,
+    Normalization,
+    batch_advantages,
+    group_advantages,
+    sample_std,
+)
 from rllib_arpo.tree import Leaf, RolloutTree, Segment, leaves_below, question
 
 MAX_PIECES = 65_536  # indices are 16 bits
+CHARS_PER_TOKEN = 4
 
 # Text of one token id.
 Decode = Callable[[int], str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdvantageSettings:
+    """How a run makes advantages of rewards, named as in its config."""
+
+    advantage_attribution: Attribution = "soft"
+    advantage_normalization: Normalization = "group"
+    normalize_by_std: bool = True
 
 
 class Pieces:
@@ -43,20 +61,49 @@ class Pieces:
 
 
 def run_data(
-    trees: Sequence[RolloutTree], *, name: str, pieces: Pieces, decode: Decode | None
+    trees: Sequence[RolloutTree],
+    *,
+    name: str,
+    iterations: Sequence[int] = (),
+    pieces: Pieces,
+    decode: Decode | None,
+    settings: AdvantageSettings,
+    limit: int | None,
 ) -> dict[str, Any]:
     """One run's trees of an iteration, for `json.dumps`.
 
     Args:
-        trees: whole trees.
+        trees: whole trees; "batch" normalisation takes them for the batch.
         name: of the run.
+        iterations: of each tree, or empty.
         pieces: filled with the texts of the tokens.
         decode: text of one token, None when there is no tokenizer.
+        settings: of the run.
+        limit: characters that a text keeps, and four times its tokens; None: all.
     """
+    advantages = _leaf_advantages(trees, settings)
+    shown = [
+        _tree(tree, leaf_advantages, pieces=pieces, decode=decode, limit=limit)
+        for tree, leaf_advantages in zip(trees, advantages, strict=True)
+    ]
+    for tree, iteration in zip(shown, iterations, strict=False):
+        tree["iteration"] = iteration
     return {
         "name": name,
-        "trees": [_tree(tree, pieces=pieces, decode=decode) for tree in trees],
+        "attribution": settings.advantage_attribution,
+        "normalization": settings.advantage_normalization,
+        "by_std": settings.normalize_by_std,
+        "trees": shown,
     }
+
+
+def shortened(text: str, limit: int | None) -> str:
+    """The text's two ends, and between them a note of how much is left out."""
+    if limit is None or len(text) <= limit:
+        return text
+    head, tail = _ends(limit)
+    note = f" […{len(text) - head - tail:,} characters left out…] "
+    return text[:head] + note + text[len(text) - tail :]
 
 
 def embedded(data: Any) -> str:
@@ -68,23 +115,44 @@ def embedded(data: Any) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def _leaf_advantages(
+    trees: Sequence[RolloutTree], settings: AdvantageSettings
+) -> list[np.ndarray]:
+    """[num_leaves] per tree."""
+    by_std = settings.normalize_by_std
+    if settings.advantage_normalization == "group":
+        return [group_advantages(t.rewards, normalize_by_std=by_std) for t in trees]
+    if not trees:
+        return []
+    rewards = np.concatenate([tree.rewards for tree in trees]).astype(np.float64)
+    mean, std = float(rewards.mean()), sample_std(rewards)
+    return [
+        batch_advantages(tree.rewards, mean=mean, std=std, normalize_by_std=by_std)
+        for tree in trees
+    ]
+
+
 def _tree(
-    tree: RolloutTree, *, pieces: Pieces, decode: Decode | None
+    tree: RolloutTree,
+    advantages: np.ndarray,
+    *,
+    pieces: Pieces,
+    decode: Decode | None,
+    limit: int | None,
 ) -> dict[str, Any]:
-    advantages = group_advantages(tree.rewards, normalize_by_std=True)
     below = leaves_below(tree)
     return {
         "id": tree.task.task_id,
-        "question": question_of(tree),
-        "answers": list(tree.task.answers),
+        "question": shortened(question_of(tree), limit),
+        "answers": [shortened(answer, limit) for answer in tree.task.answers],
         "source": tree.task.source,
         "segments": [
-            _segment(segment, pieces=pieces, decode=decode)
+            _segment(segment, pieces=pieces, decode=decode, limit=limit)
             | _advantages(advantages[below[index]])
             for index, segment in enumerate(tree.segments)
         ],
         "leaves": [
-            _leaf(leaf, advantage)
+            _leaf(leaf, advantage, limit=limit)
             for leaf, advantage in zip(tree.leaves, advantages.tolist(), strict=True)
         ],
     }
@@ -97,19 +165,22 @@ def question_of(tree: RolloutTree) -> str:
 
 
 def _segment(
-    segment: Segment, *, pieces: Pieces, decode: Decode | None
+    segment: Segment, *, pieces: Pieces, decode: Decode | None, limit: int | None
 ) -> dict[str, Any]:
     row: dict[str, Any] = {
         "parent": segment.parent,
         "role": segment.role,
         "n": len(segment.token_ids),
-        "text": segment.text,
+        "text": shortened(segment.text, limit),
     }
     if len(segment.entropies):
         row["entropy"] = _number(segment.entropies.mean(dtype=np.float64))
-        row["entropies"] = _base64(segment.entropies.astype("<f2"))
+        kept, gap = _kept_tokens(len(segment.entropies), limit)
+        if gap is not None:
+            row["gap"] = gap
+        row["entropies"] = _base64(segment.entropies[kept].astype("<f2"))
         if decode is not None:
-            row["pieces"] = pieces.add(segment.token_ids, decode)
+            row["pieces"] = pieces.add(segment.token_ids[kept], decode)
     if segment.finish_reason is not None:
         row["finish"] = segment.finish_reason
     if len(segment.policy_versions):
@@ -118,7 +189,7 @@ def _segment(
         call = segment.tool_call
         row["call"] = {
             "name": call.name,
-            "arguments": call.arguments,
+            "arguments": shortened(call.arguments, limit),
             "status": call.status,
             "latency": _number(call.latency_s),
             "attempts": call.num_attempts,
@@ -137,6 +208,21 @@ def _segment(
     return row
 
 
+def _kept_tokens(
+    count: int, limit: int | None
+) -> tuple[slice | np.ndarray, list[int] | None]:
+    """Which tokens to show; and [place, number] of those that are left out, if any."""
+    if limit is None or count <= limit // CHARS_PER_TOKEN:
+        return slice(None), None
+    head, tail = _ends(limit // CHARS_PER_TOKEN)
+    kept = np.r_[0:head, count - tail : count]
+    return kept, [head, count - len(kept)]
+
+
+def _ends(limit: int) -> tuple[int, int]:
+    return limit - limit // 2, limit // 2
+
+
 def _advantages(below: np.ndarray) -> dict[str, Any]:
     """What soft (gains, losses) and hard attribution put on a segment."""
     return {
@@ -147,14 +233,14 @@ def _advantages(below: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _leaf(leaf: Leaf, advantage: float) -> dict[str, Any]:
+def _leaf(leaf: Leaf, advantage: float, *, limit: int | None) -> dict[str, Any]:
     return {
         "segment": leaf.segment,
         "reward": _number(leaf.reward),
         "parts": {name: _number(value) for name, value in leaf.reward_parts.items()},
         "origin": leaf.origin,
         "end": leaf.end,
-        "answer": leaf.answer,
+        "answer": None if leaf.answer is None else shortened(leaf.answer, limit),
         "advantage": _number(advantage),
     }
 

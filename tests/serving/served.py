@@ -127,6 +127,13 @@ def serving(*words: object) -> Iterator[Served]:
     assert code == 0, errors
 
 
+def is_up(client: httpx2.Client) -> bool:
+    try:
+        return client.get("/health").status_code == 200
+    except httpx2.TransportError:
+        return False
+
+
 def until(condition: Callable[[], bool]) -> None:
     """Return when it holds."""
     pause = threading.Event()

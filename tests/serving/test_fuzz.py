@@ -1,6 +1,7 @@
 """Whatever the server's own document allows, and what it does not, is tried on it."""
 
 import warnings
+from typing import Any
 
 import pytest
 import schemathesis
@@ -56,10 +57,20 @@ def fuzzed_app():
     return make_http_app(chat, allowed, reload=reload)
 
 
+def named_model(document: dict[str, Any]) -> dict[str, Any]:
+    """The document for half of the requests to name the model that there is."""
+    fields = document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
+    fields["model"] = {"anyOf": [{"const": "m"}, fields["model"]]}
+    fields["messages"]["maxItems"] = 2
+    (path,) = document["paths"]["/v1/models/{model_id}"]["get"]["parameters"]
+    path["schema"] = {"anyOf": [{"const": "m"}, path["schema"]]}
+    return document
+
+
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
 def test_answers_are_those_of_the_document(method: str, path: str):
     with LiveServer(fuzzed_app()) as live:
-        document = live.client.get("/openapi.json").json()
+        document = named_model(live.client.get("/openapi.json").json())
         schema = schemathesis.openapi.from_dict(document)
         schema.config.update(base_url=live.url)
         cases = schema[path][method]
@@ -75,7 +86,7 @@ def test_answers_are_those_of_the_document(method: str, path: str):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             explore()
-    assert seen
+    assert any(status < 300 for status in seen)
 
 
 @EXAMPLES

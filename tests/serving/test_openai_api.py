@@ -77,6 +77,7 @@ def test_what_would_change_the_answer_and_cannot_is_refused_by_name(
         {"temperature": 1, "top_p": 1, "n": 2, "seed": -1, "max_tokens": 5},
         {"stream": True, "stream_options": {"include_usage": True}},
         {"tools": function(), "tool_choice": "auto"},
+        {"tools": function(strict=True)},
         {
             "tools": function(
                 parameters={"properties": {}, "additionalProperties": False}
@@ -116,7 +117,7 @@ def test_what_changes_nothing_or_can_be_done_is_accepted(fields: dict[str, Any])
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content"),
         ({"messages": [{**USER, "extra": 1}]}, "messages.0.extra"),
         ({"tools": function(name="a b")}, "tools.0.function.name"),
-        ({"tools": function(strict=True)}, "tools.0.function.strict"),
+        ({"tools": function(strict="yes")}, "tools.0.function.strict"),
         (
             {"tools": function(parameters={"properties": {"a": nested(40)}})},
             "tools.0.function.parameters",

@@ -5,6 +5,7 @@ from typing import Any
 
 import openai
 import pytest
+from pydantic import BaseModel
 
 from rllib_arpo.serving.access import hash_key
 from rllib_arpo.serving.http import make_http_app
@@ -108,6 +109,28 @@ def test_a_call_of_the_client_s_tool_and_back():
     assert len(engine.requests) == 2
 
 
+class Weather(BaseModel):
+    """The weather of a town."""
+
+    town: str
+    days: int
+
+
+def test_a_tool_made_of_a_class_is_called_with_an_object_of_it():
+    arguments = '{"town": "vifel", "days": 2}'
+    turn = f"<think>t</think><Weather>{arguments}</Weather>"
+    chat, _ = service(make_env(), [turn])
+    with LiveServer(make_http_app(chat, HttpSettings())) as live, of(live) as client:
+        answer = client.chat.completions.parse(
+            model="m",
+            messages=MESSAGES,
+            seed=1,
+            tools=[openai.pydantic_function_tool(Weather)],
+        )
+    (asked,) = answer.choices[0].message.tool_calls or []
+    assert asked.function.parsed_arguments == Weather(town="vifel", days=2)
+
+
 def test_wrong_requests_are_the_client_s_errors(client: openai.OpenAI):
     with pytest.raises(openai.BadRequestError) as wrong:
         client.chat.completions.create(model="m", messages=MESSAGES, max_tokens=501)
@@ -130,3 +153,23 @@ def test_keys_and_limits_are_the_client_s_errors():
             next(iter(stream))
             with pytest.raises(openai.RateLimitError):
                 client.chat.completions.create(model="m", messages=MESSAGES)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_takes_too_long_is_not_asked_for_again(stream: bool):
+    engine = EndlessEngine(silent=True)
+    app = make_http_app(engine.service(), HttpSettings(max_request_s=0.05))
+    with (
+        LiveServer(app) as live,
+        openai.OpenAI(base_url=f"{live.url}/v1", api_key="none") as client,
+    ):
+        with pytest.raises(openai.APIStatusError) as late:
+            client.chat.completions.create(model="m", messages=MESSAGES, stream=stream)
+        numbers = live.client.get("/metrics").text
+    assert (late.value.status_code, late.value.code) == (408, "answer_too_slow")
+    (count,) = [
+        line.rpartition(" ")[2]
+        for line in numbers.splitlines()
+        if line.startswith("rllib_arpo_requests_total") and '"408"' in line
+    ]
+    assert float(count) == 1

@@ -1,8 +1,11 @@
 """Other weights while clients ask."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.serving.served import Crowd, Served, until
+from tests.serving.test_vocabulary import swapped
 
 pytestmark = pytest.mark.slow
 
@@ -53,5 +56,21 @@ def test_weights_that_are_not_there_change_nothing(
     refused = served.reload(model="almanac", checkpoint="nowhere")
     assert refused.status_code == 400
     assert "nowhere" in refused.json()["error"]["message"]
+    message = served.post(seed=1).raise_for_status().json()["choices"][0]["message"]
+    assert message["agent"]["version"] == versions["almanac"]
+
+
+def test_weights_of_another_tokenizer_are_refused(
+    served: Served,
+    versions: dict[str, str],
+    weights: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    other = swapped(weights["other"], tmp_path / "other")
+    refused = served.reload(model="almanac", checkpoint=str(other))
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert error["param"] == "checkpoint"
+    assert "another vocabulary" in error["message"]
     message = served.post(seed=1).raise_for_status().json()["choices"][0]["message"]
     assert message["agent"]["version"] == versions["almanac"]

@@ -28,7 +28,14 @@ from rllib_arpo.serving.access import (
 )
 from rllib_arpo.serving.serve_args import ServeArgs
 from tests.scripts import ROOT
-from tests.serving.served import ADMIN_KEY, Served, free_port, make_endless, until
+from tests.serving.served import (
+    ADMIN_KEY,
+    Served,
+    free_port,
+    is_up,
+    make_endless,
+    until,
+)
 
 EXAMPLES = ROOT / "tuned_examples" / "serving"
 
@@ -157,13 +164,6 @@ def test_serve_run_can_build_the_application(almanac_model: str) -> None:
         builder, {"checkpoint": almanac_model, "max_agents": "2"}
     )
     assert app._bound_deployment.name == "agent"
-
-
-def is_up(client: httpx2.Client) -> bool:
-    try:
-        return client.get("/health").status_code == 200
-    except httpx2.TransportError:
-        return False
 
 
 @pytest.mark.slow

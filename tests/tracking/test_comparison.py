@@ -10,7 +10,7 @@ from rllib_arpo.tracking.comparison import PANELS, group_runs, plot, plot_groups
 from tests.commands import finish, run, start
 from tests.tracking.test_curves import full_row, write_run
 
-TITLES = {title for _, title, _ in PANELS}
+TITLES = {title for _, title, *_ in PANELS}
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rllib_arpo.errors import DataError
-from rllib_arpo.tracking.curves import plot_run, plot_runs, read_metrics
+from rllib_arpo.tracking.curves import lone_points, plot_run, plot_runs, read_metrics
 
 PANEL_TITLES = {
     "Reward and accuracy",
@@ -80,6 +80,19 @@ def test_nan_and_null_are_gaps_and_a_key_of_nothing_else_is_not_drawn(tmp_path):
         read_metrics(run / "metrics.jsonl")["accuracy"], [0.2, np.nan, np.nan, 0.35]
     )
     assert titles_in(plot_run(run)) == PANEL_TITLES - {"Branches"}
+
+
+def test_a_value_between_gaps_is_found_to_be_drawn_as_a_point():
+    nan = math.nan
+    assert lone_points(np.array([1.0, nan, 2.0, nan, 3.0, 4.0])) == [0, 2]
+    assert lone_points(np.array([1.0])) == [0]
+    assert lone_points(np.array([1.0, 2.0, nan])) == []
+
+
+def test_the_picture_of_several_runs_says_what_its_band_is(tmp_path):
+    runs = [write_run(tmp_path / name, [full_row(0)]) for name in "ab"]
+    svg = plot_runs(runs, tmp_path / "both").with_suffix(".svg").read_text()
+    assert "<!-- line: mean of 2 runs, band: from the least to the greatest -->" in svg
 
 
 def test_a_key_that_starts_late_is_nan_before(tmp_path):

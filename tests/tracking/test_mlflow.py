@@ -9,7 +9,8 @@ import pytest
 from mlflow import MlflowClient
 from ray import tune
 
-from rllib_arpo.tracking.mlflow import MLflowCallback, end_tracking
+from rllib_arpo.tracking.attach import end_tracking
+from rllib_arpo.tracking.mlflow import MLflowCallback
 from rllib_arpo.tracking.mlflow_buffer import Buffer, RunSpec, send_later
 from rllib_arpo.tracking.mlflow_traces import tree_trace
 from rllib_arpo.tracking.mlflow_tune import TuneMLflowCallback
@@ -73,8 +74,9 @@ def test_a_run_that_began_without_a_server_appears_once_there_is_one(tmp_path) -
     buffer = Buffer(tmp_path / "buffer", RunSpec(uri=server.uri, name="early"))
     buffer.params({"lr": "0.1"})
     assert not buffer.close(timeout_s=0.0)
-    with (tmp_path / "buffer" / "outbox.jsonl").open("a") as outbox:
-        outbox.write('{"kind": "par')
+    (outbox,) = (tmp_path / "buffer" / "outbox").iterdir()
+    with outbox.open("a") as opened:
+        opened.write('{"kind": "par')
 
     server.start()
     try:
@@ -136,7 +138,9 @@ def test_training_is_tracked_and_goes_on_in_the_same_run(
     assert run.data.tags["data.rows.jsonl"].startswith(
         "sha256:ca3d163bab055381827226140"
     )
-    assert any(name.startswith("system/") for name in run.data.metrics)
+    load = history(client, run.info.run_id, "system/cpu_utilization_percentage")
+    assert len(load) >= 2  # one of each process at least, and no step twice
+    assert [step for step, _ in load] == list(range(len(load)))
     assert client.get_model_version_by_alias("tiny", "champion").run_id == (
         run.info.run_id
     )

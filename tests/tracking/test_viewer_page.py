@@ -1,10 +1,13 @@
 """The viewer's page in a real Chromium."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 
 from rllib_arpo.tracking.viewer import render_trees
 from tests.browser import opened_chromium, opened_page
-from tests.tracking.view_trees import a_tree, big_tree
+from tests.tracking.view_trees import a_tree, big_tree, shown
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +21,9 @@ def show(browser, tmp_path):
     """Opens trees; the page must have no problem at the end."""
     visits = []
 
-    def opened(trees, **options):
+    def opened(trees, *, decode=None, **options):
         file = tmp_path / "view.html"
-        page = render_trees(trees, title="run", **options)
+        page = render_trees(shown(*trees, decode=decode), **options)
         file.write_text(page, encoding="utf-8")
         visit = opened_page(browser, viewport={"width": 1400, "height": 800})
         visits.append(visit)
@@ -41,11 +44,42 @@ def test_a_click_shows_a_segment(show):
     page = show(trees())
     page.get_by_role("treeitem", name="seventeen").click()
     detail = page.locator("#detail").inner_text()
-    for row in ("H (normalised)\t0.25", "ΔH\t0.125", "P\t0.625", "drawn\t0.5"):
+    for row in ("H / ln V\t0.25", "ΔH / ln V\t0.125", "P\t0.625", "drawn\t0.5"):
         assert row in detail
     assert "accuracy\t1" in detail and "origin\tinitial" in detail
     titles = page.locator(".tokens span").evaluate_all("all => all.map(s => s.title)")
     assert titles == ["0.05 nats", "0.15 nats"]
+
+
+def test_a_branch_point_shows_its_decision(show):
+    page = show(trees())
+    decision = page.locator(".decision.taken")
+    assert decision.inner_text().split("\n") == ["ΔH +0.125", "P 0.625"]
+    node = page.get_by_role("treeitem", name="seventeen").bounding_box()
+    box = decision.bounding_box()
+    # In the gap before the segment that it was measured on.
+    assert box["x"] + box["width"] <= node["x"]
+    assert abs(box["y"] - node["y"]) < node["height"]
+
+
+def test_the_tokens_that_are_left_out_are_counted(show):
+    tree = big_tree()
+    long = dataclasses.replace(
+        tree.segments[1],
+        text="x" * 3_000_000,
+        token_ids=np.arange(9000, dtype=np.int32),
+        entropies=np.zeros(9000, np.float32),
+    )
+    segments = (tree.segments[0], long, *tree.segments[2:])
+    page = show([dataclasses.replace(tree, segments=segments)], decode=str)
+    assert "Texts over 16,000 characters lack their middle" in (
+        page.locator("#count").inner_text()
+    )
+    page.locator("#node-0-1").click()
+    detail = page.locator("#detail").inner_text()
+    # 16,000 characters are left of 3,000,000, and a quarter as many tokens of 9000.
+    assert "[…2,984,000 characters left out…]" in detail
+    assert "[…5,000 tokens left out…]" in detail
 
 
 def test_a_tool_call_folds(show):
@@ -101,7 +135,7 @@ def test_search_keeps_the_trees_that_hold_the_text(show):
 
 
 def test_two_runs_stand_side_by_side(show):
-    page = show(trees(), other=("second", [a_tree(result="99 cm")]))
+    page = show(trees(), other=shown(a_tree(result="99 cm"), name="second"))
     boxes = [page.locator(".forest").nth(n).bounding_box() for n in (0, 1)]
     assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"] + 1
     page.get_by_role("treeitem", name="99 cm").click()

@@ -1,16 +1,25 @@
 """Trees for the tests of the viewer."""
 
+from typing import Any
+
 import numpy as np
 
+from rllib_arpo.tracking.viewer import ShownRun
 from rllib_arpo.tree import (
     BranchDecision,
     Leaf,
+    LeafOrigin,
     Message,
     RolloutTree,
     Segment,
     Task,
     ToolCall,
 )
+
+
+def shown(*trees: RolloutTree, name: str = "run", **options: Any) -> ShownRun:
+    """Trees as the page shows those of a run."""
+    return ShownRun(name=name, trees=trees, **options)
 
 
 def a_tree(
@@ -114,7 +123,7 @@ def model(parent, entropy, text, *, branch=None):
     )
 
 
-def leaf(segment, reward, answer, *, origin="initial"):
+def leaf(segment, reward, answer, *, origin: LeafOrigin = "initial"):
     """A leaf whose whole reward is its accuracy."""
     return Leaf(
         segment=segment,

@@ -4,7 +4,7 @@
   const $ = (id) => document.getElementById(id);
   // Cividis: lightness grows evenly, and it looks the same to the colour-blind.
   const STOPS = [[0, 34, 78], [49, 68, 107], [102, 105, 112], [149, 143, 120], [203, 186, 105], [254, 232, 56]];
-  const ROW = 32, WIDTH = { prompt: 64, model: 140, tool: 96 }, GAP = 20;
+  const ROW = 34, WIDTH = { prompt: 64, model: 124, tool: 96 }, GAP = 20, DECISION_GAP = 74;
   const state = { tree: 0, pane: 0, segment: 0, shown: [] };
   let panes = [];
 
@@ -15,6 +15,11 @@
     return element;
   };
   const number = (value, digits = 3) => (value === null || value === undefined ? "–" : Number(value.toPrecision(digits)).toString().replace("-", "−"));
+
+  const fixed = (value, digits = 2) => (value === null || value === undefined ? "–" : value.toFixed(digits).replace(/^-(?=[0.]*$)/, "").replace("-", "−"));
+  const signed = (value, digits) => (value > 0 ? `+${fixed(value, digits)}` : fixed(value, digits));
+  // What a node has room for: no tags, no line ends.
+  const preview = (text) => text.slice(0, 300).replace(/<\/?\w+>/g, " ").replace(/\s+/g, " ").trim().slice(0, 60);
 
   const all = data.runs.flatMap((run) => run.trees);
   const means = all.flatMap((tree) => tree.segments.map((s) => s.entropy)).filter((h) => h > 0).sort((a, b) => a - b);
@@ -62,13 +67,18 @@
   const partner = (tree, run) => run.trees.find((other) => other.id === tree.id);
 
   const layout = (tree) => {
-    const nodes = tree.segments.map((s) => ({ children: [], x: 0, y: 0, level: 1, segment: s }));
+    const nodes = tree.segments.map((s) => ({ children: [], x: 0, y: 0, gap: GAP, level: 1, segment: s }));
     tree.segments.forEach((s, i) => {
       if (s.parent === null) return;
       const parent = nodes[s.parent];
       parent.children.push(i);
       nodes[i].level = parent.level + 1;
-      nodes[i].x = parent.x + WIDTH[parent.segment.role] + GAP;
+      parent.gap = Math.max(parent.gap, s.branch ? DECISION_GAP : GAP);
+    });
+    tree.segments.forEach((s, i) => {
+      if (s.parent === null) return;
+      const parent = nodes[s.parent];
+      nodes[i].x = parent.x + WIDTH[parent.segment.role] + parent.gap;
     });
     let row = 0;
     const stack = [0], order = [];
@@ -101,19 +111,39 @@
     if (node.children.length) element.setAttribute("aria-expanded", "true");
     element.setAttribute("aria-label", label(s, tree) + leaves.map((l) => `; leaf ${l.origin}, reward ${number(l.reward)}, answer ${l.answer}`).join(""));
     Object.assign(element.style, { left: `${node.x + 12}px`, top: `${node.y * ROW + 8}px`, width: `${WIDTH[s.role]}px` });
+    element.title = preview(s.role === "prompt" ? tree.question : s.text);
     if (s.role === "model") {
       if (s.entropy !== null && s.entropy !== undefined) paint(element, s.entropy);
-      element.append(make("b", `${isBranched(s) ? "┬ " : ""}${number(s.entropy, 2)}`), s.text);
+      element.append(make("b", fixed(s.entropy)), preview(s.text));
     } else if (s.role === "tool") {
-      element.append(make("b", s.call ? `${s.call.status === "ok" ? "✓" : "✗"} ${s.call.name}` : "tool"), s.text);
+      element.append(make("b", s.call ? `${s.call.status === "ok" ? "✓" : "✗"} ${s.call.name}` : "tool"), s.call && isFailed(s) ? s.call.status : preview(s.text));
       if (isFailed(s)) element.classList.add("bad");
     } else element.textContent = "prompt";
     return element;
   };
+  // ΔH above the line into the segment that was measured, P below it.
+  const drawDecision = (node) => {
+    const { dh, p, wanted, taken } = node.segment.branch;
+    const element = make("div", undefined, `decision${taken ? " taken" : ""}`);
+    element.setAttribute("aria-hidden", "true");
+    element.title = `ΔH ${number(dh)}, P ${number(p)}: ${taken ? "branched" : wanted ? "branch wanted, no budget left" : "no branch"}`;
+    element.append(make("span", `ΔH ${signed(dh, 3)}`), make("span", `P ${fixed(p, 3)}`));
+    Object.assign(element.style, { left: `${node.x + 12 - DECISION_GAP + 12}px`, top: `${node.y * ROW + 6}px` });
+    return element;
+  };
+  const leafMark = (leaf) => {
+    const refill = leaf.origin === "refill" ? " · refill" : "";
+    const element = make("span", `${isWrong(leaf) ? "✗" : "✓"} ${leaf.answer === null ? leaf.end.replace("_", " ") : leaf.answer} · ${fixed(leaf.reward)}${refill}`, `leaf ${isWrong(leaf) ? "wrong" : "good"}`);
+    element.dataset.index = leaf.segment;
+    element.title = ["reward " + number(leaf.reward), ...Object.entries(leaf.parts).map(([name, value]) => `${name} ${number(value)}`), leaf.origin].join(", ");
+    element.setAttribute("aria-hidden", "true");
+    return element;
+  };
+  const runName = (run, tree) => (tree && tree.iteration !== undefined ? `${run.name} · iteration ${tree.iteration}` : run.name);
   const draw = (pane, run, tree) => {
     const box = make("section", undefined, "forest");
     const heading = make("h2", tree ? tree.question : "This run has no tree of this task");
-    heading.append(make("small", tree ? `${run.name} · gold: ${tree.answers.join(" | ")} · ${tree.leaves.length} leaves` : run.name));
+    heading.append(make("small", tree ? `${runName(run, tree)} · gold: ${tree.answers.join(" | ")} · ${tree.leaves.filter((l) => !isWrong(l)).length} of ${tree.leaves.length} leaves right` : run.name));
     box.append(heading);
     const scroll = make("div", undefined, "scroll");
     box.append(scroll);
@@ -131,17 +161,17 @@
     for (const index of order) {
       const node = nodes[index], width = WIDTH[node.segment.role];
       parts.append(drawNode(pane, tree, node, index, leavesAt[index]));
+      if (node.segment.branch) parts.append(drawDecision(node));
       for (const child of node.children) {
         const x = node.x + width + 12, y = node.y * ROW + 21, cy = nodes[child].y * ROW + 21, cx = nodes[child].x + 12;
         lines += `M${x} ${y}h9V${cy}H${cx}`;
       }
       leavesAt[index].forEach((leaf, n) => {
-        const mark = make("span", `${isWrong(leaf) ? "✗" : "✓"} ${number(leaf.reward)} ${leaf.answer === null ? leaf.end : leaf.answer} · ${leaf.origin}`, `leaf ${isWrong(leaf) ? "wrong" : "good"}`);
-        mark.setAttribute("aria-hidden", "true");
-        Object.assign(mark.style, { left: `${node.x + width + 20 + n * 180}px`, top: `${node.y * ROW + 8}px` });
+        const mark = leafMark(leaf);
+        Object.assign(mark.style, { left: `${node.x + width + 20 + n * 220}px`, top: `${node.y * ROW + 8}px` });
         parts.append(mark);
       });
-      right = Math.max(right, node.x + width + 260);
+      right = Math.max(right, node.x + width + 24 + 220 * leavesAt[index].length);
     }
     svg.setAttribute("width", right);
     svg.setAttribute("height", rows * ROW + 16);
@@ -172,6 +202,7 @@
     const entropies = Array.from(words(s.entropies), half);
     const pieces = s.pieces ? Array.from(words(s.pieces), (i) => data.pieces[i]) : entropies.map((_, i) => `#${i} `);
     pieces.forEach((piece, i) => {
+      if (s.gap && i === s.gap[0]) box.append(make("em", ` […${s.gap[1].toLocaleString("en")} tokens left out…] `));
       const span = make("span", piece);
       if (Number.isFinite(entropies[i])) paint(span, entropies[i]);
       span.title = `${number(entropies[i])} nats`;
@@ -186,19 +217,22 @@
     if (!tree) return;
     const s = nodes[state.segment].segment;
     side.append(make("h2", `${s.role} · segment ${state.segment}`));
-    const rows = [["tokens", s.n], ["paths through it", s.paths]];
-    if (s.entropy !== undefined) rows.push(["mean entropy", `${number(s.entropy)} nats`], ["ended by", s.finish], ["weights' version", (s.versions || []).join(", ")]);
-    side.append(table(rows));
-    side.append(make("h2", "Advantage (of the group, by its std)"), table([["soft: sum of S+", number(s.plus)], ["soft: sum of S−", number(s.minus)], ["hard: mean", number(s.hard)]]));
-    if (s.branch) side.append(make("h2", "Branch decision"), table([["H (normalised)", number(s.branch.h)], ["ΔH", number(s.branch.dh)], ["P", number(s.branch.p)], ["drawn", number(s.branch.drawn)], ["extra paths wanted", s.branch.wanted], ["extra paths taken", s.branch.taken]]));
     if (s.call) {
       const fold = make("details");
       fold.open = true;
       fold.append(make("summary", `${s.call.name}: ${s.call.status}, ${number(s.call.latency * 1000)} ms, attempts ${s.call.attempts}${s.call.truncated ? ", cut" : ""}`), make("h2", "Arguments"), make("pre", s.call.arguments), make("h2", "Result"), make("pre", s.text));
       side.append(fold);
-    } else side.append(make("h2", "Text"), make("pre", s.role === "prompt" ? s.text || tree.question : s.text));
+    } else side.append(make("pre", s.role === "prompt" ? s.text || tree.question : s.text));
+    tree.leaves.filter((leaf) => leaf.segment === state.segment).forEach((leaf) => side.append(make("h2", "Leaf"), table([["reward", number(leaf.reward)], ...Object.entries(leaf.parts).map(([name, value]) => [`  ${name}`, number(value)]), ["advantage", number(leaf.advantage)], ["origin", leaf.origin], ["end", leaf.end.replace("_", " ")], ["answer", leaf.answer === null ? "none" : leaf.answer]])));
+    if (s.branch) side.append(make("h2", "Branch decision"), table([["H / ln V", number(s.branch.h)], ["ΔH / ln V", number(s.branch.dh)], ["P", number(s.branch.p)], ["drawn", number(s.branch.drawn)], ["extra paths wanted", s.branch.wanted], ["extra paths taken", s.branch.taken]]));
+    const run = data.runs[state.pane], used = (name) => (run.attribution === name ? " (this run's)" : "");
+    const over = run.normalization === "group" ? "leaves of the tree" : "the trees kept here, not the whole batch";
+    side.append(make("h2", "Advantage"), table([[`soft${used("soft")}: sum of A > 0`, number(s.plus)], ["sum of A < 0", number(s.minus)], [`hard${used("hard")}: mean`, number(s.hard)]]), make("p", `A = ${run.by_std ? "(reward − mean) / std" : "reward − mean"}, over ${over}.`, "note"));
+    side.append(make("h2", "Segment"));
+    const rows = [["tokens", s.n], ["paths through it", s.paths]];
+    if (s.entropy !== undefined) rows.push(["mean entropy", `${number(s.entropy)} nats`], ["ended by", s.finish], ["weights' version", (s.versions || []).join(", ")]);
+    side.append(table(rows));
     if (s.entropies) side.append(make("h2", "Tokens by entropy"), tokens(s));
-    tree.leaves.filter((leaf) => leaf.segment === state.segment).forEach((leaf) => side.append(make("h2", "Leaf"), table([["reward", number(leaf.reward)], ...Object.entries(leaf.parts).map(([name, value]) => [`  ${name}`, number(value)]), ["advantage", number(leaf.advantage)], ["origin", leaf.origin], ["end", leaf.end], ["answer", leaf.answer === null ? "none" : leaf.answer]])));
   };
   const select = (index) => {
     document.querySelectorAll(".node.selected").forEach((old) => { old.classList.remove("selected"); old.setAttribute("aria-selected", "false"); });
@@ -217,7 +251,7 @@
     for (const pane of panes) {
       if (!pane.tree) continue;
       pane.matches = matches(pane.tree);
-      pane.scroll.querySelectorAll(".node").forEach((node) => node.classList.toggle("off", Boolean(pane.matches) && !pane.matches.has(Number(node.dataset.index))));
+      pane.scroll.querySelectorAll(".node, .leaf").forEach((node) => node.classList.toggle("off", Boolean(pane.matches) && !pane.matches.has(Number(node.dataset.index))));
     }
   };
   const open = (index, focus) => {
@@ -239,11 +273,15 @@
     if ($("entropic").checked) kept.sort((a, b) => b.h - a.h);
     state.shown = kept.map(({ index }) => index);
     $("count").textContent = `${kept.length} of ${trees.length} trees`;
+    for (const run of data.runs.slice(1)) $("count").append(make("small", `${trees.filter(({ tree }) => partner(tree, run)).length} of them also in ${run.name}`));
+    if (data.limit !== null) $("count").append(make("small", `Texts over ${data.limit.toLocaleString("en")} characters lack their middle; a search does not see it.`));
     $("list").replaceChildren(...kept.map(({ tree, index, h }) => {
       const item = make("li"), button = make("button", tree.question);
       button.type = "button";
       button.dataset.tree = index;
-      button.append(make("small", `reward ${number(mean(tree.leaves.map((l) => l.reward)))} (${number(Math.min(...tree.leaves.map((l) => l.reward)))} to ${number(Math.max(...tree.leaves.map((l) => l.reward)))}) · ${tree.leaves.filter((l) => !isWrong(l)).length}/${tree.leaves.length} right · ${number(h, 2)} nats`));
+      const rewards = tree.leaves.map((l) => l.reward).filter(Number.isFinite);
+      button.append(make("small", `${tree.leaves.filter((l) => !isWrong(l)).length} of ${tree.leaves.length} right · entropy ${fixed(h)} nats`));
+      button.append(make("small", `reward ${fixed(mean(rewards))} (${fixed(Math.min(...rewards))} to ${fixed(Math.max(...rewards))})`));
       button.setAttribute("aria-current", String(index === state.tree));
       button.addEventListener("click", () => open(index, false));
       item.append(button);
@@ -300,8 +338,8 @@
 
   const legend = $("legend"), bar = make("span");
   legend.setAttribute("aria-label", `Colour: mean entropy from 0 (dark) to ${number(top)} nats (light), by square root`);
-  for (let i = 0; i <= 5; i += 1) { const box = make("i"); paint(box, top * (i / 5) ** 2); bar.append(box); }
-  legend.append("entropy 0", bar, `${number(top)} nats`);
+  for (let i = 0; i <= 5; i += 1) { const box = make("i"); paint(box, top * (i / 5) ** 2); box.title = `${number(top * (i / 5) ** 2)} nats`; bar.append(box); }
+  legend.append("mean entropy 0", bar, `${number(top)} nats`);
   for (const alarm of data.alarms) {
     const line = make("p");
     line.append(make("strong", `Alarm ${alarm.name}: `), `${alarm.message} ${alarm.advice}`);
