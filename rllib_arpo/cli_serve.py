@@ -69,8 +69,8 @@ def serve(
     mlflow: Annotated[
         str | None,
         typer.Option(
-            help="Trace answers in MLflow at this URI, questions and all; default: "
-            "MLFLOW_TRACKING_URI, none without it."
+            help='Trace answers in MLflow at this URI, questions and all; "default": '
+            "MLFLOW_* or a file. Without it: MLFLOW_TRACKING_URI, if it is set."
         ),
     ] = None,
     trace_share: Annotated[

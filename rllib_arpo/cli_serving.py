@@ -25,6 +25,7 @@ from rllib_arpo.serving.access import (
     keys_from_environment,
 )
 from rllib_arpo.serving.serve_args import ServeArgs
+from rllib_arpo.tracking.mlflow_store import USUAL_STORE, tracking_uri
 
 APP = "rllib_arpo"
 
@@ -111,12 +112,14 @@ def traced_store(store: str | None, share: float) -> str | None:
     """The MLflow store of a flag, else that of this process's environment.
 
     Args:
-        store: its URI.
+        store: its URI; "default": as in `mlflow_store.tracking_uri`.
         share: of the answers that are to be traced.
 
     Raises:
         ConfigError: there is one, and MLflow is not installed.
     """
+    if store == USUAL_STORE:
+        store = tracking_uri()
     uri = store or os.environ.get("MLFLOW_TRACKING_URI") or None
     if uri is None or not share:
         return None

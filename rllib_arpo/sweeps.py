@@ -188,7 +188,8 @@ def _tracking(settings: Any, out: Path, mlflow: str | None) -> list[tune.Callbac
     folder = out.absolute() / MLFLOW_FOLDER
     if mlflow is None and not folder.is_dir():
         return []
-    from rllib_arpo.tracking.attach import USUAL_STORE, files_of, store_uri
+    from rllib_arpo.tracking.attach import files_of, store_uri
+    from rllib_arpo.tracking.mlflow_store import USUAL_STORE
     from rllib_arpo.tracking.mlflow_tune import TuneMLflowCallback
 
     chosen = settings._tune_config

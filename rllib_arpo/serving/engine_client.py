@@ -26,6 +26,10 @@ class EngineLostError(EngineError):
     """The engine stopped, or its replica is gone; the same turn may be asked again."""
 
 
+class EngineBusyError(EngineLostError):
+    """More turns wait for the engine than may wait."""
+
+
 class VersionGoneError(EngineError):
     """The version that an answer was begun with is not loaded any more."""
 

@@ -11,11 +11,15 @@ from ray.exceptions import (
     TaskCancelledError,
     WorkerCrashedError,
 )
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import BackPressureError, RayServeException
 
 from rllib_arpo.engines.engine import GenerationRequest
 from rllib_arpo.errors import ARPOError
-from rllib_arpo.serving.engine_client import EngineChunk, EngineLostError
+from rllib_arpo.serving.engine_client import (
+    EngineBusyError,
+    EngineChunk,
+    EngineLostError,
+)
 from rllib_arpo.serving.turn_places import Places
 
 # What a call of a replica ends with when the replica did not answer.
@@ -79,5 +83,9 @@ def _replica_errors() -> Iterator[None]:
         if isinstance(error.cause, ARPOError):
             raise error.cause from None
         raise
+    except BackPressureError as error:
+        raise EngineBusyError(
+            "too many turns wait for the engine: ask again"
+        ) from error
     except LOST as error:
         raise EngineLostError(f"the engine's replica is gone: {error}") from error

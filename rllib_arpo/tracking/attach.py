@@ -20,9 +20,8 @@ from rllib_arpo.data.files import find_rows
 from rllib_arpo.data.mixture import Mixture
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.tracking.mlflow import MLflowCallback
-from rllib_arpo.tracking.mlflow_store import seconds_to_wait
+from rllib_arpo.tracking.mlflow_store import USUAL_STORE, seconds_to_wait
 
-USUAL_STORE = "default"
 REGISTERED_MODEL = "arpo-agent"
 A = TypeVar("A", bound=ARPO)
 

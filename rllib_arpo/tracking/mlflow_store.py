@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+# What a flag calls it.
+USUAL_STORE = "default"
 DATABASE = "mlruns.db"
 EXPERIMENT = "rllib-arpo"
 # At the end of a run: for a store that is away, and for one that gets a large model.

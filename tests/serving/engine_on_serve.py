@@ -46,7 +46,7 @@ async def error_of(work: Any) -> str:
     return "no error"
 
 
-async def look(handle: Any, other: str) -> dict[str, Any]:
+async def look(handle: Any, model: str, other: str) -> dict[str, Any]:
     engine = ServeEngine(handle)
     chunks = await collect(engine, request("a"))
     whole = await collect(engine, request("b", stream_interval=12))
@@ -73,8 +73,33 @@ async def look(handle: Any, other: str) -> dict[str, Any]:
         "failure": "/nowhere" in state.failure,
         "serves": (await collect(engine, request("g")))[0].version,
     }
+    seen["busy"] = await busy(model)
     seen["killed"] = await error_of(killed(engine))
     return seen
+
+
+async def busy(model: str) -> str:
+    """What the third turn gets where one runs and one may wait."""
+    deployment = cast(Any, serve.deployment(EngineReplica)).options(
+        name="small",
+        user_config={"source": model, "version": "a"},
+        max_ongoing_requests=1,
+        max_queued_requests=1,
+        graceful_shutdown_timeout_s=1,
+    )
+    app = deployment.bind(EngineSettings(), max_request_s=60.0)
+    handle = await asyncio.to_thread(serve.run, app, name="busy", route_prefix=None)
+    engine = ServeEngine(handle)
+    running = cast(Any, engine.generate(request("running", max_tokens=100_000)))
+    async with aclosing(running):
+        await anext(running)
+        turns = [
+            asyncio.create_task(collect(engine, request(f"{n}"))) for n in range(2)
+        ]
+        done, waiting = await asyncio.wait(turns, return_when="FIRST_COMPLETED")
+    for task in waiting:
+        task.cancel()
+    return await error_of(done.pop())
 
 
 async def cancelled(handle: Any, engine: ServeEngine) -> list[float]:
@@ -109,7 +134,7 @@ def main(model: str, other: str) -> None:
     )
     serve.start(http_options={"location": "NoServer"})
     try:
-        seen = asyncio.run(look(deploy(model, "a"), other))
+        seen = asyncio.run(look(deploy(model, "a"), model, other))
     finally:
         serve.shutdown()
         ray.shutdown()

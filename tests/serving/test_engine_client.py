@@ -110,4 +110,5 @@ def test_replicas_of_ray_serve_do_the_same(almanac_model: str, tmp_path: Path) -
     assert seen["cannot_prepare"].startswith("ConfigError: there is no folder")
     assert seen["reloaded"] == {"first": "b", "later": "a", "versions": ["b", "a"]}
     assert seen["kept"] == {"newest": "b", "failure": True, "serves": "b"}
+    assert seen["busy"].startswith("EngineBusyError: too many turns wait")
     assert seen["killed"].startswith("EngineLostError: the engine's replica is gone")
