@@ -1,5 +1,6 @@
 """A model that is served by an alias of MLflow's registry."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,13 +22,20 @@ NUM_CLIENTS = 8
 
 
 @pytest.fixture
+def agent_folder(almanac_model: str, tmp_path: Path) -> str:
+    """A copy of the model, with what makes it an agent."""
+    folder = shutil.copytree(almanac_model, tmp_path / "agent")
+    save_agent(find_agent(almanac_model).settings, folder)
+    return str(folder)
+
+
+@pytest.fixture
 def followed(
-    almanac_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    agent_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Served]:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.chdir(tmp_path)
-    save_agent(find_agent(almanac_model).settings, almanac_model)
-    assert register_model(almanac_model, NAME) == "1"
+    assert register_model(agent_folder, NAME) == "1"
     words = [
         f"{NAME}=models:/{NAME}@champion",
         "--api-key",
@@ -45,11 +53,11 @@ def version_of(served: Served) -> str:
 
 
 def test_answers_follow_the_alias_and_the_last_act_wins(
-    followed: Served, almanac_model: str
+    followed: Served, agent_folder: str
 ) -> None:
     with Crowd(followed, NUM_CLIENTS) as crowd:
         until(lambda: crowd.has(NUM_CLIENTS, version=f"{NAME}/1"))
-        register_model(almanac_model, NAME)
+        register_model(agent_folder, NAME)
         until(lambda: crowd.has(NUM_CLIENTS, version=f"{NAME}/2"))
     assert {(one.status, one.error) for one in crowd.replies} == {(200, None)}
 
@@ -58,5 +66,5 @@ def test_answers_follow_the_alias_and_the_last_act_wins(
     assert reloaded.json() == {"models": {NAME: f"{NAME}/1"}}
     assert version_of(followed) == f"{NAME}/1"
 
-    register_model(almanac_model, NAME)
+    register_model(agent_folder, NAME)
     until(lambda: version_of(followed) == f"{NAME}/3")
