@@ -31,6 +31,11 @@ def tracked(model: str, folder: Path, uri: str) -> Any:
     return arpo_config(model).callbacks(callback)
 
 
+def callback_of(algorithm: Any) -> MLflowCallback:
+    (callback,) = algorithm.callbacks
+    return callback
+
+
 def steps(uri: str) -> list[int]:
     """Iterations of the only run, as MLflow has them."""
     client = MlflowClient(uri)
@@ -55,8 +60,7 @@ def test_a_server_that_never_answers_holds_up_no_iteration(
                 # A request is under way, and stays so.
                 assert asked.recv(1)
                 algorithm.train()
-                (callback,) = algorithm.callbacks
-                assert not callback.close(0.0)
+                assert not callback_of(algorithm).close(0.0)
     server.start()
     try:
         assert send_later(folder / BUFFER_FOLDER, timeout_s=LIMIT_S)
@@ -76,8 +80,8 @@ def test_a_server_that_comes_goes_and_comes_back_has_every_iteration_once(
             algorithm.train()
             server.start()
             algorithm.train()
-            (callback,) = algorithm.callbacks
-            assert callback.buffer.flush(LIMIT_S)
+            buffer = callback_of(algorithm).buffer
+            assert buffer is not None and buffer.flush(LIMIT_S)
             assert steps(server.uri) == [1, 2]
             server.kill()
             algorithm.train()
