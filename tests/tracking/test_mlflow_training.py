@@ -27,7 +27,9 @@ pytestmark = [
 
 
 def tracked(model: str, folder: Path, uri: str) -> Any:
-    callback = partial(MLflowCallback, folder=folder, uri=uri, registered_model=None)
+    callback: Any = partial(
+        MLflowCallback, folder=folder, uri=uri, registered_model=None
+    )
     return arpo_config(model).callbacks(callback)
 
 
