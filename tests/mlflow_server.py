@@ -8,8 +8,16 @@ import sys
 from pathlib import Path
 
 import httpx2
+import pytest
 
 LIMIT_S = 120
+# Marks for tests that use MLflow in their process: its own use of its libraries warns.
+MLFLOWS_WARNINGS = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
 DOUBTS = "the server did not start"
 
 

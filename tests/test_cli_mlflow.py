@@ -15,17 +15,13 @@ from rllib_arpo.agents import find_agent
 from rllib_arpo.progress import Console
 from rllib_arpo.quickstart import Settings, quickstart
 from tests.commands import run
-from tests.mlflow_server import MLflowServer
+from tests.mlflow_server import MLFLOWS_WARNINGS, MLflowServer
 from tests.models import save_tiny_model
 from tests.tokenizers import qwen_like
 
-# Of MLflow's own use of its libraries.
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    *MLFLOWS_WARNINGS,
 ]
 
 

@@ -19,14 +19,9 @@ from rllib_arpo.errors import ConfigError
 from rllib_arpo.sweep_table import sweep_table
 from rllib_arpo.sweeps import load_tuner, run_sweep
 from tests.commands import LIMIT_S, finish, start
+from tests.mlflow_server import MLFLOWS_WARNINGS
 
-# Of MLflow's own use of its libraries.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = MLFLOWS_WARNINGS
 
 EXAMPLES = Path(__file__).parents[1] / "tuned_examples"
 

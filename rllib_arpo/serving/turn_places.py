@@ -110,7 +110,7 @@ class Connection:
         except (asyncio.IncompleteReadError, OSError):
             pass
         finally:
-            self.lost = True
+            self.close()
             loss = EngineLostError("the engine's replica is gone in the middle of it")
             for replies in self._turns.values():
                 replies.put_nowait(("error", [type(loss).__name__, str(loss)]))

@@ -24,13 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 from rllib_arpo.errors import ARPOError
 from rllib_arpo.storage import write_whole
-from rllib_arpo.tracking.mlflow_outbox import OUTBOX, Outbox
+from rllib_arpo.tracking.mlflow_outbox import Outbox
 from rllib_arpo.tracking.mlflow_store import EXPERIMENT, tracking_uri
 
 if TYPE_CHECKING:
     from rllib_arpo.tracking.mlflow_sender import Sender
-
-__all__ = ["OUTBOX", "Buffer", "RunSpec", "read_run_id", "send_later"]
 
 logger = logging.getLogger(__name__)
 

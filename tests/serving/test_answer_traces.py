@@ -19,7 +19,7 @@ from rllib_arpo.serving.service import ChatService
 from rllib_arpo.serving.trace_numbers import TraceNumbers
 from rllib_arpo.tracking.mlflow_answers import AnswerTraces
 from tests.envs.fake_tools import FakeTool
-from tests.mlflow_server import MLflowServer
+from tests.mlflow_server import MLFLOWS_WARNINGS, MLflowServer
 from tests.serving.live_server import CHAT, LiveServer, ask
 from tests.serving.scripted_agents import (
     USER,
@@ -34,13 +34,7 @@ from tests.serving.scripted_agents import (
 )
 
 LIMIT_S = 120
-# Of MLflow's own use of its libraries.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = MLFLOWS_WARNINGS
 TURNS = [call("tags", "height of vifel", "look"), final("tags", "44", "read")]
 
 

@@ -8,14 +8,12 @@ import pytest
 
 from rllib_arpo.agents import find_agent, save_agent
 from rllib_arpo.tracking.registry import register_model
+from tests.mlflow_server import MLFLOWS_WARNINGS
 from tests.serving.served import ADMIN_KEY, KEY, Crowd, Served, serving, until
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    *MLFLOWS_WARNINGS,
 ]
 NAME = "almanac"
 NUM_CLIENTS = 8

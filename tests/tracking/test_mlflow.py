@@ -15,17 +15,11 @@ from rllib_arpo.tracking.mlflow_buffer import Buffer, RunSpec, send_later
 from rllib_arpo.tracking.mlflow_traces import tree_trace
 from rllib_arpo.tracking.mlflow_tune import TuneMLflowCallback
 from tests.browser import opened_chromium
-from tests.mlflow_server import MLflowServer
+from tests.mlflow_server import MLFLOWS_WARNINGS, MLflowServer
 from tests.tiny_runs import arpo_config, running, traces
 
 LIMIT_S = 120
-# Of MLflow's own use of its libraries.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = MLFLOWS_WARNINGS
 
 
 @pytest.fixture(scope="module")

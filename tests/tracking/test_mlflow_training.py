@@ -12,16 +12,12 @@ from rllib_arpo.alarms import AlarmSettings
 from rllib_arpo.tracking.attach import end_tracking
 from rllib_arpo.tracking.mlflow import BUFFER_FOLDER, MLflowCallback
 from rllib_arpo.tracking.mlflow_buffer import send_later
-from tests.mlflow_server import MLflowServer
+from tests.mlflow_server import MLFLOWS_WARNINGS, MLflowServer
 from tests.tiny_runs import arpo_config, running
 
 LIMIT_S = 120
-# Of MLflow's own use of its libraries.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    *MLFLOWS_WARNINGS,
     pytest.mark.usefixtures("ray_session"),
 ]
 

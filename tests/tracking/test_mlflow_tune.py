@@ -3,23 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 from mlflow import MlflowClient
 from ray import tune
 
 from rllib_arpo.agents import find_agent
 from rllib_arpo.tracking.mlflow_tune import TuneMLflowCallback
 from rllib_arpo.tracking.registry import fetch_model
-from tests.mlflow_server import MLflowServer
+from tests.mlflow_server import MLFLOWS_WARNINGS, MLflowServer
 from tests.tiny_runs import arpo_config
 
-# Of MLflow's own use of its libraries.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = MLFLOWS_WARNINGS
 
 
 def fit(

@@ -18,14 +18,12 @@ from mlflow import pyfunc, set_tracking_uri
 from rllib_arpo.agents import find_agent, save_agent
 from rllib_arpo.tracking.mlflow_model import INPUT_EXAMPLE
 from rllib_arpo.tracking.registry import register_model
+from tests.mlflow_server import MLFLOWS_WARNINGS
 
 LIMIT_S = 240
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    *MLFLOWS_WARNINGS,
 ]
 
 

@@ -7,13 +7,9 @@ from rllib_arpo.agents import find_agent, load_agent, save_agent
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.tracking.mlflow_model import INPUT_EXAMPLE
 from rllib_arpo.tracking.registry import fetch_model, model_version, register_model
+from tests.mlflow_server import MLFLOWS_WARNINGS
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = MLFLOWS_WARNINGS
 
 
 def test_a_registered_agent_comes_back_and_answers(
