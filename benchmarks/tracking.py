@@ -36,13 +36,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import httpx2
 import ray
 import torch
+from async_training import cold_start
 from report import print_table_and_write
 from transformers.utils import logging as transformers_logging
 
 from rllib_arpo import ARPO
-from rllib_arpo.envs.almanac import AlmanacWorld
-from rllib_arpo.envs.almanac_model import build_model, build_tokenizer
-from rllib_arpo.quickstart import Settings, arpo_config, sft_config
+from rllib_arpo.quickstart import Settings, arpo_config
 from rllib_arpo.tracking.attach import track
 from rllib_arpo.tracking.mlflow import MLflowCallback
 
@@ -96,20 +95,6 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     finally:
         server.terminate()
         server.wait()
-
-
-def cold_start(folder: Path, iterations: int) -> str:
-    """The quick start's model, taught for `iterations` times 50 steps."""
-    base = str(folder / "base")
-    build_model(build_tokenizer(AlmanacWorld(), base), base)
-    settings = Settings(folder=folder, sft_iterations=iterations)
-    algorithm = sft_config(base, settings).build_algo()
-    try:
-        for _ in range(iterations):
-            algorithm.train()
-        return str(algorithm.save_pretrained(folder / "model"))
-    finally:
-        algorithm.stop()
 
 
 def measure(model: str, folder: Path, iterations: int, uri: str | None) -> Cost:
