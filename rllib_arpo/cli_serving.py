@@ -24,6 +24,7 @@ from rllib_arpo.serving.access import (
     hash_key,
     keys_from_environment,
 )
+from rllib_arpo.serving.front import haproxy_where_possible
 from rllib_arpo.serving.serve_args import ServeArgs
 from rllib_arpo.tracking.mlflow_store import USUAL_STORE, tracking_uri
 
@@ -58,18 +59,19 @@ def serve_command(
     refuse_open_host(host, args)
     refuse_used_port(host, port)
 
-    from rllib_arpo.serving.app import bind_app, find_agents, open_agent
-    from rllib_arpo.serving.running import running_app
+    with haproxy_where_possible():
+        from rllib_arpo.serving.app import bind_app, find_agents, open_agent
+        from rllib_arpo.serving.running import running_app
 
-    agents = find_agents(args)
-    for source in agents.values():
-        open_agent(source, args)
-    num_replicas = args.max_agents + args.max_engines * len(agents)
-    with started_ray(num_replicas), stop_signal() as stopped:
-        app = bind_app(args, agents)
-        with running_app(app, name=APP, host=host, port=port):
-            typer.echo(greeting(host, port, list(agents), args))
-            stopped.wait()
+        agents = find_agents(args)
+        for source in agents.values():
+            open_agent(source, args)
+        num_replicas = args.max_agents + args.max_engines * len(agents)
+        with started_ray(num_replicas), stop_signal() as stopped:
+            app = bind_app(args, agents, is_local=is_loopback(host))
+            with running_app(app, name=APP, host=host, port=port):
+                typer.echo(greeting(host, port, list(agents), args))
+                stopped.wait()
 
 
 def serve_args(

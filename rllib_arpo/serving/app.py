@@ -31,9 +31,13 @@ from rllib_arpo.agents import (
     require_sandboxed,
     serving_env,
 )
+from rllib_arpo.errors import ConfigError
+from rllib_arpo.serving.access import API_KEYS_VARIABLE
 from rllib_arpo.serving.agent import Agent
 from rllib_arpo.serving.engine_deployment import EngineReplica, EngineSettings
+from rllib_arpo.serving.front import behind_haproxy
 from rllib_arpo.serving.http import make_http_app
+from rllib_arpo.serving.http_settings import HttpSettings
 from rllib_arpo.serving.manager import AGENT, MANAGER, ManagedModel, Manager, ask
 from rllib_arpo.serving.serve_args import ServeArgs
 from rllib_arpo.serving.serve_engine import ServeEngine
@@ -60,6 +64,10 @@ class AgentServer:
         agents: model name -> all of it but the weights.
         engines: model name -> handle of its engine deployment.
         manager: handle of the manager.
+        is_local: nobody but this machine reaches the server.
+
+    Raises:
+        ConfigError: there are no keys, and nothing else to know strangers by.
     """
 
     def __init__(
@@ -68,7 +76,10 @@ class AgentServer:
         agents: Mapping[str, AgentSource],
         engines: Mapping[str, Any],
         manager: Any,
+        is_local: bool = False,
     ) -> None:
+        settings = args.http()
+        refuse_unknown_clients(settings, is_local=is_local)
         self._args = args
         self._engines = engines
         self._manager = manager
@@ -82,7 +93,7 @@ class AgentServer:
         )
         self._app = make_http_app(
             self._service,
-            args.http(),
+            settings,
             reload=self._reload,
             metrics_of_all=self._metrics_of_all,
             ready=self._ready,
@@ -119,6 +130,19 @@ class AgentServer:
         names = self._service.models()
         ready = await asyncio.gather(*(is_ready(self._engines[one]) for one in names))
         return dict(zip(names, ready, strict=True))
+
+
+def refuse_unknown_clients(settings: HttpSettings, *, is_local: bool) -> None:
+    """Behind HAProxy, whoever asks seems to be of this machine.
+
+    Raises:
+        ConfigError: there are no keys to know others by, and they reach the server.
+    """
+    if behind_haproxy() and not is_local and not settings.api_key_hashes:
+        raise ConfigError(
+            "behind HAProxy every client seems to be of this machine, and there are no "
+            f"keys: set {API_KEYS_VARIABLE}"
+        )
 
 
 def answer_traces(args: ServeArgs) -> AnswerTraces | None:
@@ -174,8 +198,16 @@ def build_app(args: ServeArgs) -> Application:
     return bind_app(args, find_agents(args))
 
 
-def bind_app(args: ServeArgs, agents: Mapping[str, AgentSource]) -> Application:
-    """As `build_app`, of agents that were found."""
+def bind_app(
+    args: ServeArgs, agents: Mapping[str, AgentSource], *, is_local: bool = False
+) -> Application:
+    """As `build_app`, of agents that were found.
+
+    Args:
+        args: of the application.
+        agents: model name -> where it comes from.
+        is_local: nobody but this machine will reach the server.
+    """
     asked = (
         {one.name: one.checkpoint for one in args.models}
         if args.checkpoint is None
@@ -207,7 +239,7 @@ def bind_app(args: ServeArgs, agents: Mapping[str, AgentSource]) -> Application:
         name=AGENT,
         **_scaling(args, args.min_agents, args.max_agents),
         ray_actor_options={"num_cpus": 1},
-    ).bind(args, dict(agents), engines, manager)
+    ).bind(args, dict(agents), engines, manager, is_local)
 
 
 def lasting(source: str) -> str:

@@ -23,6 +23,8 @@ class HttpSettings:
         max_request_s: seconds after which an answer is given up.
         max_concurrent: requests of one key that are answered at once; clients without a
             key count as one.
+        max_in_all: requests that are answered at once, whoever asks; fewer than Serve
+            lets through, so that the refusal is an error object.
     """
 
     api_key_hashes: tuple[str, ...] = ()
@@ -32,6 +34,7 @@ class HttpSettings:
     max_tokens: int | None = None
     max_request_s: float = 600.0
     max_concurrent: int = 256
+    max_in_all: int = 1000
 
     def __post_init__(self) -> None:
         for name in (
@@ -39,6 +42,7 @@ class HttpSettings:
             "max_messages",
             "max_request_s",
             "max_concurrent",
+            "max_in_all",
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"`{name}` ({getattr(self, name)}) must be > 0")

@@ -79,15 +79,17 @@ class BodyLimit:
 
 
 class ConcurrencyLimit:
-    """ASGI middleware: so many chat requests of one key are answered at once.
+    """ASGI middleware: so many chat requests of one key, and of all, at once.
 
     Raises:
-        HttpError: 429, with the time after which to try again.
+        HttpError: 429, or 503 if there are too many of all keys, with the time after
+            which to try again.
     """
 
     def __init__(self, app: ASGIApp, settings: HttpSettings) -> None:
         self._app = app
         self._most = settings.max_concurrent
+        self._most_in_all = settings.max_in_all
         self._running: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,6 +104,14 @@ class ConcurrencyLimit:
                 f"{self._most} requests of this key are being answered, the most at "
                 "once; try again later",
                 code="too_many_requests",
+                headers={"Retry-After": RETRY_S},
+            )
+        if self._running.total() >= self._most_in_all:
+            raise HttpError(
+                503,
+                f"{self._most_in_all} requests are being answered, the most at once; "
+                "try again later",
+                code="overloaded",
                 headers={"Retry-After": RETRY_S},
             )
         self._running[client] += 1

@@ -15,7 +15,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar, cast
 
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from rllib_arpo.serving.api_errors import ClientGoneError, failure_of
 from rllib_arpo.serving.limits import wall_time
@@ -24,20 +24,16 @@ from rllib_arpo.serving.openai_api import ChatCompletionChunk
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
-# Writes of all streams of a process: about a fifth of a core, here and in the proxy.
+# Writes of all streams of a process: about a fifth of a core, here and before it.
 MAX_WRITES_PER_S = 250
 # A reader does not see it.
 MIN_TOGETHER_S = 0.02
-START: Message = {
-    "type": "http.response.start",
-    "status": 200,
-    "headers": [
-        (b"content-type", b"text/event-stream; charset=utf-8"),
-        (b"cache-control", b"no-store"),
-        # Proxies of the nginx family hold back what they may buffer.
-        (b"x-accel-buffering", b"no"),
-    ],
-}
+HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    # Proxies of the nginx family hold back what they may buffer.
+    (b"x-accel-buffering", b"no"),
+)
 
 
 class EventStream(Response):
@@ -92,8 +88,8 @@ class EventStream(Response):
 class Pace:
     """How long the streams of a server gather events before they write.
 
-    Every write passes through Serve's proxy as a message of its own, which costs more
-    than to make an event: the more streams, the longer each waits for its next write.
+    Every write passes through the proxy as a message of its own, which costs more than
+    to make an event: the more streams, the longer each waits for its next write.
     """
 
     def __init__(self) -> None:
@@ -160,7 +156,14 @@ class _Sender:
     async def _write(self, *, more: bool) -> None:
         if not self._begun:
             self._begun = True
-            await self._send(START)
+            # Middleware of the server appends to the list.
+            await self._send(
+                {
+                    "type": "http.response.start",
+                    "status": 200,
+                    "headers": list(HEADERS),
+                }
+            )
         held, self._held = self._held, []
         await self._send(
             {"type": "http.response.body", "body": b"".join(held), "more_body": more}

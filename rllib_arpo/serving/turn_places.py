@@ -25,7 +25,7 @@ from rllib_arpo.serving.turn_wire import (
     unpack_error,
 )
 
-KEEP_S = 5.0
+KEEP_S = 15.0
 CONNECT_S = 10.0
 
 

@@ -27,8 +27,8 @@ def test_a_lost_agent_costs_the_answers_that_it_wrote(served: Served) -> None:
         crowd.round = 1
         until(lambda: crowd.has(2 * NUM_CLIENTS, round=1, status=200, error=None))
     failed = {(r.status, r.error) for r in crowd.replies if r.version is None}
-    # What Serve's proxy says: 5xx in plain text, or a stream that is cut.
-    assert failed <= {(0, None), (500, ""), (503, "")}
+    # A stream that is cut, what HAProxy says, or 5xx of Serve's proxy in plain text.
+    assert failed <= {(0, None), (503, "agent_lost"), (500, ""), (503, "")}
     assert served.client.get("/health").status_code == 200
 
 

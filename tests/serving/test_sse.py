@@ -128,3 +128,23 @@ def test_a_connection_that_breaks_ends_the_chunks() -> None:
     with pytest.raises(OSError, match="broken pipe"):
         asyncio.run(broken())
     assert closed.is_set()
+
+
+def test_headers_that_middleware_adds_are_those_of_one_stream() -> None:
+    starts: list[Message] = []
+
+    async def receive() -> Message:
+        return await asyncio.Event().wait()  # type: ignore[return-value]
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            starts.append({**message, "headers": [*message["headers"]]})
+            message["headers"].append((b"x-request-id", b"1"))
+
+    async def chunks() -> AsyncIterator[ChatCompletionChunk]:
+        yield chunk(0)
+
+    for _ in range(2):
+        stream = EventStream(chunks(), max_s=60, pace=Pace())
+        asyncio.run(stream({"type": "http"}, receive, send))
+    assert starts[0] == starts[1]
