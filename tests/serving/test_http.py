@@ -343,6 +343,24 @@ def test_a_key_has_so_many_requests_at_once_and_leaves_others_alone():
         assert engine.closed.wait(PATIENCE_S)
 
 
+def test_all_keys_together_have_so_many_requests_at_once():
+    settings = HttpSettings(
+        api_key_hashes=(hash_key("one"), hash_key("two")), max_in_all=1
+    )
+    first, second = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
+    engine = EndlessEngine()
+    with serve(engine.service(), settings) as live:
+        fields = ask(stream=True)
+        with live.client.stream("POST", CHAT, json=fields, headers=first) as answer:
+            lines = answer.iter_lines()  # the client hangs up when it is dropped
+            assert next(lines).startswith("data: ")
+            refused = live.client.post(CHAT, json=ask(), headers=second)
+            assert refused.status_code == 503
+            assert refused.headers["retry-after"] == "1"
+            assert refused.json()["error"]["code"] == "overloaded"
+        assert engine.closed.wait(PATIENCE_S)
+
+
 # Operators
 
 
