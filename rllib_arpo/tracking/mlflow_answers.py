@@ -178,7 +178,7 @@ def answer_trace(log: AnswerLog) -> dict[str, Any]:
         ).hex,
         "start_ms": log.begun_ns // 1_000_000,
         "duration_ms": root.end // 1_000_000,
-        "spans": [asdict(span) for span in spans],
+        "spans": [vars(span) for span in spans],
         "assessments": [],
         "tags": {"source": "serving", "model": log.model},
     }

@@ -2,12 +2,14 @@
 
     training ──add──> outbox/ ──a thread──> MLflow          see `mlflow_outbox.py`
 
-1. A server that is down, slow or restarted is tried again; what is left at the end of a
+1. What is logged in the seconds after something was sent is gathered: a few calls to
+   the server instead of some for every iteration. `flush` and `close` send at once.
+2. A server that is down, slow or restarted is tried again; what is left at the end of a
    process is sent by the next one that opens the folder, or by `send_later`.
-2. Nothing is sent twice with effect: every metric carries its time, every trace its id
+3. Nothing is sent twice with effect: every metric carries its time, every trace its id
    and a model version its line, so that MLflow takes a line that was sent twice for
    one. A run is found again by a tag with the folder's own id.
-3. A disk that is full, or a gigabyte that waits, costs lines and never training: there
+4. A disk that is full, or a gigabyte that waits, costs lines and never training: there
    is one warning, and the number of lines at the end.
 """
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+GATHER_S = 10.0
 RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 SPEC_FILE, RUN_ID_FILE = "run.json", "run_id"
 
@@ -65,13 +68,20 @@ class Buffer:
     Args:
         folder: made when it is not there; one that holds a run goes on with it.
         spec: of a new run; without effect in a folder that holds one.
+        gather_s: between the end of one sending and the next.
 
     Raises:
         OSError: the folder cannot be read or written.
         CheckpointError: likewise.
     """
 
-    def __init__(self, folder: str | Path, spec: RunSpec | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        spec: RunSpec | None = None,
+        *,
+        gather_s: float = GATHER_S,
+    ) -> None:
         self.folder = Path(folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / SPEC_FILE
@@ -79,9 +89,11 @@ class Buffer:
             write_whole(file, json.dumps(asdict(spec or RunSpec())))
         self.spec = RunSpec(**json.loads(file.read_text()))
         self._outbox = Outbox(self.folder)
+        self._gather_s = gather_s
         self._sender: Sender | None = None
         self._num_dropped = 0
         self._wake = threading.Event()
+        self._hurry = threading.Event()
         self._idle = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(
@@ -143,7 +155,7 @@ class Buffer:
         Returns:
             Whether it has.
         """
-        self._wake.set()
+        self._send_now()
         with self._idle:
             return self._idle.wait_for(lambda: not self.pending_bytes, timeout_s)
 
@@ -151,7 +163,7 @@ class Buffer:
         """`flush`, then stop; what is left is sent by whoever opens the folder next."""
         done = self.flush(timeout_s)
         self._closing = True
-        self._wake.set()
+        self._send_now()
         self._outbox.close()
         if self._num_dropped:
             logger.warning(
@@ -170,36 +182,48 @@ class Buffer:
             )
         return done
 
+    def _send_now(self) -> None:
+        self._hurry.set()
+        self._wake.set()
+
     def _run(self) -> None:
         failures = 0
         while not self._closing:
-            pause = RETRY_S[min(failures, len(RETRY_S)) - 1] if failures else None
-            self._wake.wait(pause)
+            self._wake.wait()
             self._wake.clear()
+            self._hurry.clear()
             try:
-                self._send_all()
+                pause = self._gather_s if self._send_all() else 0.0
                 failures = 0
             except Exception as error:  # boundary: tracking never stops training
                 self._sender = None
+                pause = RETRY_S[min(failures, len(RETRY_S) - 1)]
                 failures += 1
+                self._wake.set()
                 log = logger.warning if failures == 1 else logger.debug
                 log("MLflow at %s does not answer: %s", self.spec.uri, error)
+            self._hurry.wait(pause)
 
-    def _send_all(self) -> None:
+    def _send_all(self) -> bool:
+        """Send what is there at the start; whether there was something."""
         from rllib_arpo.tracking.mlflow_sender import Sender
 
-        while not self._closing:
-            lines, end = self._outbox.read()
-            if not lines:
+        if not self.pending_bytes:
+            return False
+        self._sender = self._sender or Sender(self.folder, self.spec)
+        place, end = 0, self._outbox.end
+        while place < end and not self._closing:
+            lines, place = self._outbox.read()
+            if not lines:  # somebody cut the file
                 break
-            self._sender = self._sender or Sender(self.folder, self.spec)
             self._sender.send(_parsed(lines))
             try:
-                self._outbox.mark_sent(end)
+                self._outbox.mark_sent(place)
             except (OSError, ARPOError) as error:
                 logger.debug("what MLflow has is not noted: %s", error)
             with self._idle:
                 self._idle.notify_all()
+        return True
 
 
 def read_run_id(folder: str | Path) -> str | None:

@@ -65,6 +65,11 @@ class Outbox:
         self._opened = self._file(self._start).open("ab", buffering=0)
 
     @property
+    def end(self) -> int:
+        """The place after the last line."""
+        return self._end
+
+    @property
     def pending_bytes(self) -> int:
         """What is not sent."""
         return self._end - self._sent

@@ -31,7 +31,9 @@ class SystemMetrics:
         self._interval_s = interval_s
         self._file = buffer.folder / STEP_FILE
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, name="rllib_arpo-system", daemon=True
+        )
         self._thread.start()
 
     def stop(self) -> None:

@@ -36,7 +36,7 @@ SOURCE_RUN = "mlflow.sourceRun"
 MAX_ASSESSMENTS = 200
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(kw_only=True)
 class TraceSpan:
     """A span as it lies in the buffer; times in ns since the trace's start."""
 
@@ -81,7 +81,7 @@ def tree_trace(
         "trace_id": uuid.uuid4().hex,
         "start_ms": time.time_ns() // 1_000_000 - duration_ms,
         "duration_ms": duration_ms,
-        "spans": [asdict(span) for span in spans.made],
+        "spans": [vars(span) for span in spans.made],
         "assessments": assessments[:MAX_ASSESSMENTS],
         "tags": dict(tags or {}),
     }
