@@ -64,7 +64,8 @@ def haproxy_where_possible() -> Iterator[None]:
     if decided or binary is None or "ray.serve" in sys.modules:
         yield
         return
-    with tempfile.TemporaryDirectory(prefix="haproxy-") as folder:
+    # A socket's path has room for little more than Serve adds to the folder.
+    with tempfile.TemporaryDirectory(prefix="haproxy-", dir="/tmp") as folder:
         chosen = haproxy_settings(binary, Path(folder))
         mine = {name: text for name, text in chosen.items() if name not in os.environ}
         os.environ.update(mine)

@@ -36,6 +36,7 @@ from rllib_arpo.errors import ARPOError, ConfigError, EngineError
 from rllib_arpo.serving.engine_client import EngineLostError
 from rllib_arpo.serving.serve_engine import LOST, ServeEngine
 from rllib_arpo.serving.user_configs import set_user_config, user_configs
+from rllib_arpo.tracking.mlflow_store import import_mlflow
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,8 @@ class Manager:
         self._engines = engines
         self._lock = asyncio.Lock()
         self._app = serve.get_replica_context().app_name
+        if any(model.source.startswith(REGISTERED) for model in models.values()):
+            import_mlflow()
         # Looked at from the start: the weights' files may be gone at a reload.
         self._vocabularies = {
             name: asyncio.ensure_future(self._vocabulary(name)) for name in models

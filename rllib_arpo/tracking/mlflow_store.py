@@ -76,3 +76,13 @@ def _artifacts_beside(client: "MlflowClient") -> str | None:
     if not uri.startswith(scheme):
         return None
     return (Path(uri.removeprefix(scheme)).absolute().parent / "mlruns").as_uri()
+
+
+def import_mlflow() -> None:
+    """Import what a registry needs, before threads do.
+
+    Two that import MLflow for the first time at once leave it half imported, for good.
+    """
+    import mlflow.artifacts
+    import mlflow.entities
+    import mlflow.pyfunc  # noqa: F401
