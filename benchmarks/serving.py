@@ -19,7 +19,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -44,6 +43,7 @@ from rllib_arpo.engines.engine import GenerationRequest, join
 from rllib_arpo.engines.torch_engine import TorchEngine
 from rllib_arpo.envs.almanac import AlmanacWorld
 from rllib_arpo.envs.tool_use_env import ToolUseEnv
+from rllib_arpo.serving.front import free_ports
 from rllib_arpo.tree import Task
 
 NUM_QUESTIONS = 2_000
@@ -133,9 +133,7 @@ async def direct(
 @asynccontextmanager
 async def server(args: Any) -> AsyncIterator[tuple[str, psutil.Process]]:
     """`rllib-arpo serve` on a free port, ready."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     words = ["serve", str(args.checkpoint), "--port", str(port)]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(

@@ -22,7 +22,6 @@ is looked for.
 import argparse
 import logging
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -48,6 +47,7 @@ from report import print_table_and_write
 from transformers.utils import logging as transformers_logging
 
 from rllib_arpo.quickstart import Settings, arpo_config
+from rllib_arpo.serving.front import free_ports
 from rllib_arpo.tracking.attach import track
 from rllib_arpo.tracking.mlflow import MLflowCallback
 
@@ -112,9 +112,7 @@ class Cost:
 @contextmanager
 def mlflow_server(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
     """The URI of a server that ends with the block, and its process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     words = [
         *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
         *("--host", "127.0.0.1", "--port", str(port)),

@@ -2,13 +2,14 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import httpx2
 import pytest
+
+from rllib_arpo.serving.front import free_ports
 
 LIMIT_S = 120
 # Marks for tests that use MLflow in their process: its own use of its libraries warns.
@@ -30,9 +31,7 @@ class MLflowServer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        (self.port,) = free_ports(1)
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen | None = None
 

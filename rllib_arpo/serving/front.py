@@ -11,6 +11,7 @@ process of the cluster: on a cluster that runs already, its operator decides
 
 import contextlib
 import os
+import random
 import shlex
 import socket
 import stat
@@ -25,6 +26,9 @@ CHOICE = "RAY_SERVE_ENABLE_HA_PROXY"
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 # HAProxy tries another replica where one refuses, so one that goes has not to linger.
 DRAINING_S = 2
+# Below the ports that the system lends to outgoing connections, which could take one
+# before its server listens, and below those of Serve's replicas.
+PORTS = range(20_000, 30_000)
 # Two lines of Serve's file for HAProxy are changed before HAProxy reads it: its
 # statistics listen on this machine alone, and an agent replica that dies is told in
 # the words of OpenAI's API.
@@ -130,10 +134,15 @@ def behind_haproxy() -> bool:
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports of loopback where nobody listens."""
-    with contextlib.ExitStack() as open_ones:
-        listeners = [
-            open_ones.enter_context(socket.create_server(("127.0.0.1", 0)))
-            for _ in range(number)
-        ]
-        return [one.getsockname()[1] for one in listeners]
+    """Ports of loopback where nobody listens, and that no client is given by chance."""
+    ports: list[int] = []
+    # Not the generator that runs seed: two servers would choose the same.
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        if len(ports) == number:
+            break
+        with (
+            contextlib.suppress(OSError),
+            socket.create_server(("127.0.0.1", port)),
+        ):
+            ports.append(port)
+    return ports

@@ -15,14 +15,13 @@ import yaml
 
 from rllib_arpo.cli_serving import APP
 from rllib_arpo.serving.access import ADMIN_KEY_VARIABLE, API_KEYS_VARIABLE
-from rllib_arpo.serving.front import find_haproxy, haproxy_settings
+from rllib_arpo.serving.front import find_haproxy, free_ports, haproxy_settings
 from tests.scripts import ROOT
 from tests.serving.served import (
     ADMIN_KEY,
     KEY,
     PATIENCE_S,
     Served,
-    free_port,
     is_up,
     until,
 )
@@ -44,14 +43,14 @@ def serving_file(
         deployments: what the file says instead of `build_app`.
         environment: of Ray's processes.
     """
-    port, binary = free_port(), find_haproxy()
+    (port,), binary = free_ports(1), find_haproxy()
     app = {
         "name": APP,
         "import_path": "rllib_arpo.serving:build_app",
         "args": dict(args),
         "deployments": deployments or [],
     }
-    file = folder / "config.yaml"
+    file, log = folder / "config.yaml", folder / "serve.log"
     options = {"host": "127.0.0.1", "port": port}
     file.write_text(
         yaml.safe_dump(
@@ -61,23 +60,26 @@ def serving_file(
     # HAProxy's sockets lie below it, and a socket's path has at most 107 bytes.
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="haproxy-") as short:
         sockets = {} if binary is None else haproxy_settings(binary, Path(short))
-        process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("serve")), "run", str(file)],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=os.environ
-            | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-            | {ADMIN_KEY_VARIABLE: ADMIN_KEY, API_KEYS_VARIABLE: KEY}
-            | sockets
-            | environment,
-        )
+        # Not the Ray that another test has started.
+        words = ["serve", "run", "--address", "local", str(file)]
+        with log.open("w") as written:
+            process = subprocess.Popen(
+                [str(Path(sys.executable).with_name(words[0])), *words[1:]],
+                cwd=ROOT,
+                stdout=written,
+                stderr=written,
+                env=os.environ
+                | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+                | {ADMIN_KEY_VARIABLE: ADMIN_KEY, API_KEYS_VARIABLE: KEY}
+                | sockets
+                | environment,
+            )
         headers = {"Authorization": f"Bearer {KEY}"}
         url = f"http://127.0.0.1:{port}"
         with httpx2.Client(base_url=url, headers=headers, timeout=PATIENCE_S) as client:
             try:
                 until(lambda: process.poll() is not None or is_up(client))
-                assert process.poll() is None, "the server ended"
+                assert process.poll() is None, log.read_text()
                 yield Served(pid=process.pid, url=url, client=client)
             finally:
                 process.send_signal(signal.SIGINT)

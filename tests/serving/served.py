@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rllib_arpo.agents import AgentSettings, save_agent
+from rllib_arpo.serving.front import free_ports
 from tests.commands import finish, start
 from tests.scripts import ROOT
 from tests.serving.held_env import HeldEnv
@@ -30,11 +30,6 @@ PATIENCE_S = 120
 # Between two looks at something that takes its time.
 PAUSE_S = 0.1
 QUESTION = "What is the height of vifel?"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def make_agent(model: str, folder: Path, **env_config: Any) -> Path:
@@ -111,7 +106,7 @@ def asked(**fields: Any) -> dict[str, Any]:
 @contextmanager
 def serving(*words: object) -> Iterator[Served]:
     """Start the command and wait until it serves; end it as a user does."""
-    port = free_port()
+    (port,) = free_ports(1)
     process = start("serve", *words, "--port", port, folder=ROOT)
     assert process.stdout is not None
     greeting = process.stdout.readline()

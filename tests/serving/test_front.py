@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import psutil
 import pytest
 
 from rllib_arpo.errors import ConfigError
+from rllib_arpo.serving import front
 from rllib_arpo.serving.access import API_KEYS_VARIABLE
 from rllib_arpo.serving.app import refuse_unknown_clients
 from rllib_arpo.serving.front import (
@@ -23,6 +25,7 @@ from rllib_arpo.serving.front import (
 from rllib_arpo.serving.http_settings import HttpSettings
 from tests.serving.served import Served
 
+PORTS_OF_CLIENTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 HAS_HAPROXY = find_haproxy() is not None
 needs_haproxy = pytest.mark.skipif(
     not HAS_HAPROXY, reason="Ray Serve has no HAProxy for this machine"
@@ -79,8 +82,20 @@ def test_what_an_operator_decided_is_kept(
         assert BINARY not in os.environ
 
 
-def test_ports_are_free_and_differ() -> None:
+def test_ports_are_free_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(set(free_ports(4))) == 4
+    (taken,) = free_ports(1)
+    monkeypatch.setattr(front, "PORTS", range(taken, taken + 2))
+    with socket.create_server(("127.0.0.1", taken)):
+        assert taken not in free_ports(2)
+
+
+@pytest.mark.skipif(not PORTS_OF_CLIENTS.exists(), reason="not Linux")
+def test_a_port_is_not_one_that_a_client_may_be_given_before_its_server_listens() -> (
+    None
+):
+    first = int(PORTS_OF_CLIENTS.read_text().split()[0])
+    assert max(free_ports(4)) < first
 
 
 def test_strangers_are_not_taken_for_clients_of_this_machine(

@@ -26,12 +26,12 @@ from rllib_arpo.serving.access import (
     API_KEYS_VARIABLE,
     hash_key,
 )
+from rllib_arpo.serving.front import free_ports
 from rllib_arpo.serving.serve_args import ServeArgs
 from tests.scripts import ROOT
 from tests.serving.served import (
     ADMIN_KEY,
     Served,
-    free_port,
     is_up,
     make_endless,
     until,
@@ -67,7 +67,7 @@ def test_a_port_in_use_is_named(
 def test_a_checkpoint_that_is_not_there_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = ["runs/nowhere", "--port", str(free_port())]
+    words = ["runs/nowhere", "--port", str(*free_ports(1))]
     assert "runs/nowhere" in error_of(words, monkeypatch)
 
 
@@ -170,7 +170,7 @@ def test_serve_run_can_build_the_application(almanac_model: str) -> None:
 def test_an_application_of_a_file_takes_other_weights_too(
     almanac_model: str, tmp_path: Path
 ) -> None:
-    port = free_port()
+    (port,) = free_ports(1)
     config = yaml.safe_load((EXAMPLES / "quickstart.yaml").read_text())
     config["http_options"]["port"] = port
     (app,) = config["applications"]

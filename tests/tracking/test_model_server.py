@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import pytest
 from mlflow import pyfunc, set_tracking_uri
 
 from rllib_arpo.agents import find_agent, save_agent
+from rllib_arpo.serving.front import free_ports
 from rllib_arpo.tracking.mlflow_model import INPUT_EXAMPLE
 from rllib_arpo.tracking.registry import register_model
 from tests.mlflow_server import MLFLOWS_WARNINGS
@@ -30,9 +30,7 @@ pytestmark = [
 @contextmanager
 def model_server(model: str, uri: str, folder: Path) -> Iterator[httpx2.Client]:
     """A client of `mlflow models serve`, which ends with the block."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     words = [
         *(sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model),
         *("--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)),
