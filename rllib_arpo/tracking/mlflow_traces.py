@@ -9,9 +9,12 @@
     │   └── path 2 of 2 ...
     └── path 2 of 2 ...
 
-The parts of a leaf's reward are assessments of the span of its last turn. A tool's
-latency was measured. A tree does not keep when its tokens were sampled, and many
-trees are sampled at once: a turn takes its tokens' share of the iteration's time.
+A leaf's reward is an assessment of the span of its last turn and has its parts as its
+rationale; the mean of each part over the leaves is one of the trace. An assessment
+costs as much as three spans, so there is not one for every part of every leaf.
+
+A tool's latency was measured. A tree does not keep when its tokens were sampled, and
+many trees are sampled at once: a turn takes its tokens' share of the iteration's time.
 """
 
 import base64
@@ -21,6 +24,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rllib_arpo.tree import RolloutTree, Segment
@@ -67,24 +71,41 @@ def tree_trace(
     """
     spans = _Spans(tree, seconds_per_token)
     root = spans.build()
-    assessments = [
-        {"name": name, "value": value, "span_id": spans.of_segment[leaf.segment]}
-        for leaf in tree.leaves
-        for name, value in leaf.reward_parts.items()
-        if leaf.segment in spans.of_segment
-    ]
-    if tree.leaves:
-        mean = float(tree.rewards.mean())
-        assessments.insert(0, {"name": "reward_mean", "value": mean, "span_id": None})
     duration_ms = root.end // 1_000_000
     return {
         "trace_id": uuid.uuid4().hex,
         "start_ms": time.time_ns() // 1_000_000 - duration_ms,
         "duration_ms": duration_ms,
         "spans": [vars(span) for span in spans.made],
-        "assessments": assessments[:MAX_ASSESSMENTS],
+        "assessments": _assessed(tree, spans.of_segment)[:MAX_ASSESSMENTS],
         "tags": dict(tags or {}),
     }
+
+
+def _assessed(tree: RolloutTree, span_of: Mapping[int, str]) -> list[dict[str, Any]]:
+    if not tree.leaves:
+        return []
+    values: dict[str, list[float]] = defaultdict(list)
+    for leaf in tree.leaves:
+        for name, value in {"reward": leaf.reward, **leaf.reward_parts}.items():
+            values[name].append(value)
+    means = [
+        {"name": f"{name}_mean", "value": fmean(of_leaves), "span_id": None}
+        for name, of_leaves in values.items()
+    ]
+    rewards = [
+        {
+            "name": "reward",
+            "value": leaf.reward,
+            "span_id": span_of[leaf.segment],
+            "rationale": ", ".join(
+                f"{name} {value:.4g}" for name, value in leaf.reward_parts.items()
+            ),
+        }
+        for leaf in tree.leaves
+        if leaf.segment in span_of
+    ]
+    return means + rewards
 
 
 class _Spans:
@@ -123,6 +144,7 @@ class _Spans:
             "num_leaves": len(tree.leaves),
             "num_tokens": tree.num_tokens,
             "prompt_tokens": len(tree.segments[0].token_ids),
+            "turn_latency_is": "the tokens' share of the iteration's time",
         }
         root.end = self._below(0, root, 0)
         return root
@@ -148,7 +170,13 @@ class _Spans:
             span.inputs = {"arguments": call.arguments}
             span.outputs = {"result": segment.text}
             span.failed = call.status != "ok"
-            span.attributes = asdict(call) | {"num_tokens": len(segment.token_ids)}
+            span.attributes = {
+                "status": call.status,
+                "latency_s": call.latency_s,
+                "num_attempts": call.num_attempts,
+                "truncated": call.truncated,
+                "num_tokens": len(segment.token_ids),
+            }
             seconds = call.latency_s
         else:
             span = self._add(parent, "turn", "LLM")
@@ -177,7 +205,6 @@ class _Spans:
 def _turn_attributes(segment: Segment, prompt_tokens: int) -> dict[str, Any]:
     attributes: dict[str, Any] = {
         "finish_reason": segment.finish_reason,
-        "latency_is": "the tokens' share of the iteration's time",
         **token_usage(prompt_tokens, len(segment.token_ids)),
     }
     if len(segment.entropies):
@@ -191,10 +218,8 @@ def _turn_attributes(segment: Segment, prompt_tokens: int) -> dict[str, Any]:
 
 
 def token_usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
-    """Attributes of a turn's span, those that MLflow's page adds up among them."""
+    """The attribute of a turn's span that MLflow's page adds up."""
     return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
         "mlflow.chat.tokenUsage": {
             "input_tokens": prompt_tokens,
             "output_tokens": completion_tokens,
@@ -259,9 +284,10 @@ def _span(span: Mapping[str, Any], trace: Mapping[str, Any], trace_id: str) -> "
         **span["attributes"],
         "mlflow.traceRequestId": trace_id,
         "mlflow.spanType": span["span_type"],
-        "mlflow.spanInputs": span["inputs"],
-        "mlflow.spanOutputs": span["outputs"],
     }
+    for name in ("Inputs", "Outputs"):
+        if (content := span[name.lower()]) is not None:
+            attributes[f"mlflow.span{name}"] = content
     parent = span["parent_id"]
     code = "STATUS_CODE_ERROR" if span["failed"] else "STATUS_CODE_OK"
     return Span.from_dict(
@@ -287,6 +313,7 @@ def _assessments(trace: Mapping[str, Any], trace_id: str) -> list["Assessment"]:
         feedback = Feedback(
             name=given["name"],
             value=given["value"],
+            rationale=given.get("rationale"),
             source=AssessmentSource(source_type="CODE", source_id="rllib_arpo.reward"),
             trace_id=trace_id,
             span_id=given["span_id"],

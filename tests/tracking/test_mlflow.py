@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rllib_arpo.tracking.mlflow_buffer import Buffer, RunSpec, send_later
 from rllib_arpo.tracking.mlflow_traces import tree_trace
 from rllib_arpo.tracking.mlflow_tune import TuneMLflowCallback
 from tests.browser import opened_chromium
+from tests.learner.helpers import forked_tree
 from tests.mlflow_server import MLFLOWS_WARNINGS, MLflowServer
 from tests.tiny_runs import arpo_config, running, traces
 
@@ -202,4 +204,42 @@ def test_a_trace_has_a_span_per_turn_and_per_tool_call(almanac_model) -> None:
     turn = next(span for span in spans if span["span_type"] == "LLM")
     tokens = len(next(s for s in tree.segments if s.role == "model").token_ids)
     assert turn["end"] - turn["start"] == tokens * 500_000_000
-    assert turn["attributes"]["prompt_tokens"] == len(tree.segments[0].token_ids)
+    used = turn["attributes"]["mlflow.chat.tokenUsage"]
+    assert used["input_tokens"] == len(tree.segments[0].token_ids)
+
+
+def test_leaves_have_their_reward_with_its_parts_and_the_trace_their_means(
+    server, tmp_path
+) -> None:
+    tree = forked_tree((1.1, -0.5))
+    parts = ({"answer": 1.0, "format": 0.1}, {"answer": -0.5})
+    leaves = zip(tree.leaves, parts, strict=True)
+    tree = replace(
+        tree,
+        segments=tuple(
+            replace(segment, text=f"segment {index}")
+            for index, segment in enumerate(tree.segments)
+        ),
+        leaves=tuple(replace(leaf, reward_parts=own) for leaf, own in leaves),
+    )
+    buffer = Buffer(tmp_path / "buffer", RunSpec(uri=server.uri, experiment="rewards"))
+    buffer.add("trace", {"trace": tree_trace(tree)})
+    assert buffer.close(LIMIT_S)
+    client = MlflowClient(server.uri)
+    experiment = client.get_experiment_by_name("rewards")
+    (trace,) = client.search_traces(locations=[experiment.experiment_id])
+    names = {span.span_id: span.outputs for span in trace.data.spans}
+    given = trace.info.assessments
+    assert {one.name: one.value for one in given if one.span_id is None} == {
+        "reward_mean": pytest.approx(0.3),
+        "answer_mean": 0.25,
+        "format_mean": 0.1,
+    }
+    assert [
+        (one.value, one.rationale, names[one.span_id]["text"])
+        for one in given
+        if one.span_id is not None
+    ] == [
+        (1.1, "answer 1, format 0.1", "segment 3"),
+        (-0.5, "answer -0.5", "segment 4"),
+    ]
