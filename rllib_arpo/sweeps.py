@@ -191,14 +191,16 @@ def _tracking(settings: Any, out: Path, mlflow: str | None) -> list[tune.Callbac
     from rllib_arpo.tracking.attach import files_of, store_uri
     from rllib_arpo.tracking.mlflow_store import USUAL_STORE
     from rllib_arpo.tracking.mlflow_tune import TuneMLflowCallback
+    from rllib_arpo.tracking.trial_traces import with_traces
 
+    space = settings.param_space = with_traces(settings.param_space or {})
     chosen = settings._tune_config
     return [
         TuneMLflowCallback(
             folder,
             uri=store_uri(mlflow or USUAL_STORE),
             name=out.absolute().name,
-            data_files=files_of(settings.param_space or {}),
+            data_files=files_of(space),
             metric=chosen.metric,
             mode=chosen.mode,
         )

@@ -296,6 +296,11 @@ def test_a_killed_sweep_goes_on_where_it_was(cold_start, tests_importable, tmp_p
     ]
     champion = client.get_model_version_by_alias("arpo-agent", "champion")
     assert champion.tags["trial_id"] == rows[0]["trial"]
+    found = client.search_traces(
+        locations=["1"], filter_string=f"attributes.run_id = '{champion.run_id}'"
+    )
+    iterations = {int(trace.info.tags["iteration"]) for trace in found}
+    assert iterations == set(range(1, 7))
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import atexit
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from rllib_arpo.tracking.mlflow_store import EXPERIMENT, tracking_uri
 from rllib_arpo.tracking.mlflow_system import SystemMetrics
 from rllib_arpo.tracking.mlflow_traces import tree_trace
 from rllib_arpo.tracking.registry import CHAMPION
+from rllib_arpo.tree import RolloutTree
 
 logger = logging.getLogger(__name__)
 
@@ -168,14 +169,7 @@ class MLflowCallback(RLlibCallback):
 
     def _log_trees(self, record: Record, trees: Any) -> None:
         assert self.buffer is not None
-        tokens = record.get(NUM_TOKENS_SAMPLED, 0.0)
-        share_s = record["time_generate_s"] / tokens if tokens else 0.0
-        for tree in trees[: self._num_traced_trees]:
-            trace = tree_trace(
-                tree,
-                seconds_per_token=share_s,
-                tags={"iteration": str(record["iteration"])},
-            )
+        for trace in iteration_traces(trees[: self._num_traced_trees], record):
             self.buffer.add("trace", {"trace": trace})
 
     def _register_best(self, record: Record, algorithm: Any) -> None:
@@ -219,6 +213,21 @@ def save_agent_of(algorithm: Any, folder: Path) -> None:
 
     algorithm.save_pretrained(folder)
     save_agent(agent_of_config(algorithm.config), folder)
+
+
+def iteration_traces(
+    trees: Iterable[RolloutTree], record: Record
+) -> list[dict[str, Any]]:
+    """Traces of trees of one iteration.
+
+    Args:
+        trees: whole.
+        record: of the iteration.
+    """
+    tokens = record.get(NUM_TOKENS_SAMPLED, 0.0)
+    share_s = record["time_generate_s"] / tokens if tokens else 0.0
+    tags = {"iteration": str(record["iteration"])}
+    return [tree_trace(tree, seconds_per_token=share_s, tags=tags) for tree in trees]
 
 
 def log_record(buffer: Buffer, record: Record, alarms: Any = ()) -> None:

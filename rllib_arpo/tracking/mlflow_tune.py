@@ -1,11 +1,17 @@
 """A sweep in MLflow: a parent run, and a child run per trial.
 
-    tune.Tuner(..., run_config=tune.RunConfig(callbacks=[TuneMLflowCallback()]))
+    config.callbacks(TrialTraces)  # trees as traces
+    tune.Tuner(
+        "ARPO",
+        param_space=config,
+        run_config=tune.RunConfig(callbacks=[TuneMLflowCallback()]),
+    )
 
 It is Ray's `MLflowLoggerCallback` with what it writes replaced: named metrics instead
 of all of RLlib's, the settings that the user set instead of all, through a buffer on
 disk, and at the end the model of the best trial, registered. It runs in the process of
-the Tuner; trials need no MLflow, and their trees do not become traces.
+the Tuner; trials need no MLflow. Their trees become traces where their config has the
+callback `TrialTraces`, see `trial_traces.py`.
 """
 
 import logging
@@ -34,6 +40,7 @@ from rllib_arpo.tracking.mlflow_store import (
 )
 from rllib_arpo.tracking.mlflow_system import SystemMetrics
 from rllib_arpo.tracking.registry import CHAMPION
+from rllib_arpo.tracking.trial_traces import TRACES
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +123,11 @@ class TuneMLflowCallback(MLflowLoggerCallback):
     def log_trial_result(self, iteration: int, trial: Trial, result: dict) -> None:
         """Log an iteration of a trial."""
         record = record_of(result, stage=str(trial.trainable_name))
-        log_record(self._trials[trial.trial_id], record, result.get(ALARMS, ()))
+        buffer = self._trials[trial.trial_id]
+        log_record(buffer, record, result.get(ALARMS, ()))
+        # Out of what Tune writes for the trial, too.
+        for trace in result.pop(TRACES, ()):
+            buffer.add("trace", {"trace": trace})
 
     def log_trial_save(self, trial: Trial) -> None:
         """Note where the newest checkpoint is."""

@@ -15,6 +15,7 @@ from rllib_arpo.tracking.mlflow import MLflowCallback
 from rllib_arpo.tracking.mlflow_buffer import Buffer, RunSpec, send_later
 from rllib_arpo.tracking.mlflow_traces import tree_trace
 from rllib_arpo.tracking.mlflow_tune import TuneMLflowCallback
+from rllib_arpo.tracking.trial_traces import TRACES, TrialTraces
 from tests.browser import opened_chromium
 from tests.learner.helpers import forked_tree
 from tests.mlflow_server import MLFLOWS_WARNINGS, MLflowServer
@@ -149,6 +150,7 @@ def test_a_sweep_is_a_parent_run_with_a_child_per_trial(
 ) -> None:
     uri = local_uri(tmp_path)
     config = arpo_config(almanac_model).training(lr=tune.grid_search([1e-4, 1e-3]))
+    config.callbacks(TrialTraces)
     results = tune.Tuner(
         "ARPO",
         param_space=config,
@@ -167,6 +169,13 @@ def test_a_sweep_is_a_parent_run_with_a_child_per_trial(
     assert {r.data.tags["mlflow.parentRunId"] for r in children} == {parent.info.run_id}
     assert sorted(r.data.params["lr"] for r in children) == ["0.0001", "0.001"]
     assert all("reward_mean" in r.data.metrics for r in children)
+    found = client.search_traces(locations=["1"])
+    assert sorted(trace.info.trace_metadata["mlflow.sourceRun"] for trace in found) == (
+        sorted(child.info.run_id for child in children)
+    )
+    assert {trace.info.tags["iteration"] for trace in found} == {"1"}
+    written = [Path(result.path) / "result.json" for result in results]
+    assert not any(TRACES in file.read_text() for file in written)
 
 
 def test_the_web_page_shows_a_tree_with_its_turns_and_tools(
