@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from rllib_arpo.cli_options import Cache, Corpus, Search, SearchEndpoint
+from rllib_arpo.serving.http_settings import MAX_IN_ALL
 
 
 def serve(
@@ -47,6 +48,12 @@ def serve(
     max_agents: Annotated[
         int | None, typer.Option(help="So many under load; default: --agents.", min=1)
     ] = None,
+    upscale_delay_s: Annotated[
+        float, typer.Option(help="Seconds of too much load until more.", min=0.0)
+    ] = 30.0,
+    downscale_delay_s: Annotated[
+        float, typer.Option(help="Seconds of too little load until fewer.", min=0.0)
+    ] = 600.0,
     max_request_s: Annotated[
         float, typer.Option(help="Seconds that an answer may take.", min=0.1)
     ] = 600.0,
@@ -56,6 +63,10 @@ def serve(
     max_concurrent: Annotated[
         int, typer.Option(help="Requests of one key at once.", min=1)
     ] = 256,
+    max_in_all: Annotated[
+        int,
+        typer.Option(help="Requests at once of an agent.", min=1, max=MAX_IN_ALL),
+    ] = MAX_IN_ALL,
     corpus: Corpus = None,
     search: Search = None,
     search_endpoint: SearchEndpoint = None,
@@ -106,6 +117,9 @@ def serve(
             "max_request_s": max_request_s,
             "max_tokens": max_tokens,
             "max_concurrent": max_concurrent,
+            "max_in_all": max_in_all,
+            "upscale_delay_s": upscale_delay_s,
+            "downscale_delay_s": downscale_delay_s,
             "corpus": text(corpus),
             "search": search,
             "search_endpoint": search_endpoint,

@@ -278,6 +278,8 @@ def _scaling(args: ServeArgs, least: int, most: int) -> dict[str, Any]:
             "min_replicas": least,
             "max_replicas": most,
             "target_ongoing_requests": args.target_ongoing_requests,
+            "upscale_delay_s": args.upscale_delay_s,
+            "downscale_delay_s": args.downscale_delay_s,
         }
     }
 

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from rllib_arpo.errors import ConfigError
 
+# Fewer than Serve lets through to a replica, so that the refusal is an error object.
+MAX_IN_ALL = 1000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpSettings:
@@ -23,8 +26,7 @@ class HttpSettings:
         max_request_s: seconds after which an answer is given up.
         max_concurrent: requests of one key that are answered at once; clients without a
             key count as one.
-        max_in_all: requests that are answered at once, whoever asks; fewer than Serve
-            lets through, so that the refusal is an error object.
+        max_in_all: requests that are answered at once, whoever asks.
     """
 
     api_key_hashes: tuple[str, ...] = ()
@@ -34,7 +36,7 @@ class HttpSettings:
     max_tokens: int | None = None
     max_request_s: float = 600.0
     max_concurrent: int = 256
-    max_in_all: int = 1000
+    max_in_all: int = MAX_IN_ALL
 
     def __post_init__(self) -> None:
         for name in (

@@ -23,7 +23,7 @@ from pydantic import (
 from rllib_arpo.agents import AgentFlags, ToolFlags
 from rllib_arpo.serving.access import keys_from_environment
 from rllib_arpo.serving.agent import AnswerLimits
-from rllib_arpo.serving.http_settings import HttpSettings
+from rllib_arpo.serving.http_settings import MAX_IN_ALL, HttpSettings
 
 
 def _from_text(value: Any) -> Any:
@@ -65,6 +65,8 @@ class ServeArgs(BaseModel):
         min_agents, max_agents: replicas of the HTTP server.
         target_ongoing_requests: turns per engine, and requests per agent replica, to
             which the number of replicas is fitted.
+        upscale_delay_s, downscale_delay_s: seconds that the load must have been too
+            much, or little, before it is.
         max_queued_requests: that wait for a replica with room; further ones get 503.
         num_gpus: of each engine.
         poll_s: seconds between two looks at the aliases of a registry.
@@ -101,12 +103,15 @@ class ServeArgs(BaseModel):
     max_tokens: PositiveInt | None = None
     max_request_s: PositiveFloat = 600.0
     max_concurrent: PositiveInt = 256
+    max_in_all: Annotated[PositiveInt, Field(le=MAX_IN_ALL)] = MAX_IN_ALL
 
     min_engines: PositiveInt = 1
     max_engines: PositiveInt = 1
     min_agents: PositiveInt = 1
     max_agents: PositiveInt = 1
     target_ongoing_requests: PositiveFloat = 32.0
+    upscale_delay_s: NonNegativeFloat = 30.0
+    downscale_delay_s: NonNegativeFloat = 600.0
     max_queued_requests: PositiveInt = 1024
     num_gpus: NonNegativeFloat = 0.0
     poll_s: PositiveFloat = 10.0
@@ -153,4 +158,5 @@ class ServeArgs(BaseModel):
             max_tokens=self.max_tokens,
             max_request_s=self.max_request_s,
             max_concurrent=self.max_concurrent,
+            max_in_all=self.max_in_all,
         )

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -26,6 +27,7 @@ from rllib_arpo.serving.access import (
     API_KEYS_VARIABLE,
     hash_key,
 )
+from rllib_arpo.serving.app import build_app
 from rllib_arpo.serving.front import free_ports
 from rllib_arpo.serving.serve_args import ServeArgs
 from tests.scripts import ROOT
@@ -121,6 +123,21 @@ def test_texts_of_serve_run_become_values() -> None:
     assert args.engine_kwargs == {"max_batch": 2}
 
 
+def test_limits_and_delays_reach_what_keeps_them(almanac_model: str) -> None:
+    args = ServeArgs(
+        checkpoint=almanac_model,
+        max_in_all=7,
+        max_agents=2,
+        upscale_delay_s=1.5,
+        downscale_delay_s=2.5,
+    )
+    assert args.http().max_in_all == 7
+    app: Any = build_app(args)
+    scaling = app._bound_deployment._deployment_config.autoscaling_config
+    assert (scaling.upscale_delay_s, scaling.downscale_delay_s) == (1.5, 2.5)
+    assert (scaling.min_replicas, scaling.max_replicas) == (1, 2)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -128,6 +145,7 @@ def test_texts_of_serve_run_become_values() -> None:
         {"checkpoint": "a", "models": [{"name": "a", "checkpoint": "a"}]},
         {"checkpoint": "a", "nonsense": 1},
         {"checkpoint": "a", "min_engines": 3, "max_engines": 2},
+        {"checkpoint": "a", "max_in_all": 1024},  # of which Serve lets none be refused
         {"checkpoint": "a", "engine_kwargs": "{"},
         {"models": 2 * [{"name": "a", "checkpoint": "a"}]},
     ],
