@@ -34,6 +34,8 @@ def started_ray(num_actors: int = 0) -> Iterator[None]:
             ever on a machine with fewer cores.
     """
     local: dict[str, Any] = {
+        # Not one that somebody else started here.
+        "address": "local",
         "include_dashboard": False,
         "num_cpus": max(os.cpu_count() or 1, num_actors),
     }

@@ -59,7 +59,7 @@ def serve_command(
     refuse_open_host(host, args)
     refuse_used_port(host, port)
 
-    with haproxy_where_possible():
+    with haproxy_where_possible(args.max_request_s):
         from rllib_arpo.serving.app import bind_app, find_agents, open_agent
         from rllib_arpo.serving.running import running_app
 
@@ -67,8 +67,10 @@ def serve_command(
         for source in agents.values():
             open_agent(source, args)
         num_replicas = args.max_agents + args.max_engines * len(agents)
+        # Where Serve of another's cluster listens is not for this command to say.
+        is_local = is_loopback(host) and "RAY_ADDRESS" not in os.environ
         with started_ray(num_replicas), stop_signal() as stopped:
-            app = bind_app(args, agents, is_local=is_loopback(host))
+            app = bind_app(args, agents, is_local=is_local)
             with running_app(app, name=APP, host=host, port=port):
                 typer.echo(greeting(host, port, list(agents), args))
                 stopped.wait()
@@ -86,6 +88,8 @@ def serve_args(
         ConfigError: they cannot work.
     """
     own_keys, own_admin_key = keys_from_environment()
+    keys = tuple(_hash_of(one, "--api-key") for one in api_keys)
+    admin = None if admin_key is None else _hash_of(admin_key, "--admin-key")
     given = [name_and_source(one) for one in checkpoints]
     if len(given) > 1 and any(name is None for name, _ in given):
         raise ConfigError(
@@ -100,14 +104,20 @@ def serve_args(
     try:
         return ServeArgs(
             **what,
-            api_key_hashes=tuple(map(hash_key, api_keys)) or own_keys,
-            admin_key_hash=own_admin_key if admin_key is None else hash_key(admin_key),
+            api_key_hashes=keys or own_keys,
+            admin_key_hash=own_admin_key if admin is None else admin,
             **settings,
         )
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise ConfigError(f"{place}: {first['msg']}".removeprefix(": ")) from error
+
+
+def _hash_of(key: str, flag: str) -> str:
+    if not key.strip():
+        raise ConfigError(f"{flag} is empty: is a variable unset?")
+    return hash_key(key.strip())
 
 
 def traced_store(store: str | None, share: float) -> str | None:

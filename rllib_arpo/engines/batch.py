@@ -8,6 +8,7 @@ samples, and a fork or a continuation costs that one token plus what is new.
 
 import asyncio
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torch
 from rllib_arpo.engines.engine import GenerationRequest, TokenChunk
 from rllib_arpo.engines.kv_cache import PrefixTree, common_prefix
 from rllib_arpo.engines.model_runner import ModelRunner
-from rllib_arpo.engines.sampling import could_complete, sample, uniforms
+from rllib_arpo.engines.sampling import StopTokens, sample, uniforms
 from rllib_arpo.errors import EngineError
 from rllib_arpo.tree import FinishReason
 
@@ -24,6 +25,8 @@ _REASONS: tuple[FinishReason | None, ...] = (None, "stop", "eos", "length")
 # A prefix that another request of the same wave computes is waited for when it
 # saves this many tokens, or all that there is to save.
 _WORTH_WAITING = 8
+# Sets of stop strings whose tokens are not looked up again. Clients bring their own.
+MAX_KNOWN_STOPS = 64
 
 
 @dataclass(eq=False, slots=True)
@@ -44,28 +47,32 @@ class _Rows:
         tokens, logprobs, entropies, versions: [rows, length], by position.
         length: tokens so far. computed: how many of them have keys and values.
         start: length of the prompt. limit: length at which generation ends.
+        may_stop: [rows, V] bool, the tokens that a stop string may end with.
         sent: tokens already streamed, the prompt included.
     """
 
     _BY_POSITION = ("tokens", "logprobs", "entropies", "versions")
     _SCALARS = (
-        *("length", "computed", "start", "limit", "sent", "interval", "stop"),
-        *("seed", "temperature", "top_p", "top_k"),
+        *("length", "computed", "start", "limit", "sent", "interval"),
+        *("seed", "temperature", "top_p", "top_k", "may_stop"),
     )
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, vocab_size: int) -> None:
+        self.may_stop = np.zeros((count, vocab_size), bool)
         self.tokens, self.versions = (np.zeros((count, 0), np.int32) for _ in "12")
         self.logprobs, self.entropies = (np.zeros((count, 0), np.float32) for _ in "12")
         self.length, self.computed, self.start, self.limit = (
             np.zeros(count, np.int64) for _ in "1234"
         )
-        self.sent, self.interval, self.stop, self.top_k = (
-            np.zeros(count, np.int64) for _ in "1234"
+        self.sent, self.interval, self.top_k = (
+            np.zeros(count, np.int64) for _ in "123"
         )
         self.seed = np.zeros(count, np.uint64)
         self.temperature, self.top_p = (np.zeros(count) for _ in "12")
 
-    def set(self, row: int, request: GenerationRequest, limit: int, stop: int) -> None:
+    def set(
+        self, row: int, request: GenerationRequest, limit: int, may_stop: np.ndarray
+    ) -> None:
         """Take in a request."""
         prompt, sampling = request.prompt_token_ids, request.sampling
         missing = limit - self.tokens.shape[1]
@@ -78,7 +85,7 @@ class _Rows:
         self.computed[row] = 0
         self.limit[row] = limit
         self.interval[row] = request.stream_interval
-        self.stop[row] = stop
+        self.may_stop[row] = may_stop
         self.seed[row] = request.seed & (2**64 - 1)
         self.temperature[row] = sampling.temperature
         self.top_p[row] = sampling.top_p
@@ -118,9 +125,8 @@ class Batch:
         self._runner, self._bytes, self._is_eos = runner, pieces, is_eos
         self.tree = PrefixTree(prefix_cache_tokens)
         self.running: list[Sequence] = []
-        self._rows = _Rows(max_num_seqs)
-        self._stops: dict[tuple[str, ...], int] = {}
-        self._may_stop = np.zeros((0, len(pieces)), bool)
+        self._rows = _Rows(max_num_seqs, len(pieces))
+        self._may_stop = lru_cache(MAX_KNOWN_STOPS)(StopTokens(pieces).of)
         self.counts = dict.fromkeys(
             (
                 *("num_generated_tokens", "num_prompt_tokens"),
@@ -133,7 +139,8 @@ class Batch:
         """Take in a request, which ends at `limit` tokens, with its known prefix."""
         request, row = sequence.request, len(self.running)
         self.running.append(sequence)
-        self._rows.set(row, request, limit, self._stop_number(request.sampling.stop))
+        stop = tuple(string.encode() for string in request.sampling.stop)
+        self._rows.set(row, request, limit, self._may_stop(stop))
         self.counts["num_prompt_tokens"] += len(request.prompt_token_ids)
         self._runner.pool.reserve(row + 1, len(request.prompt_token_ids))
         self._restore(row)
@@ -185,14 +192,6 @@ class Batch:
         rows.length[:count] += 1
         self.counts["num_generated_tokens"] += count
         self._stream(tokens)
-
-    def _stop_number(self, stop: tuple[str, ...]) -> int:
-        if stop not in self._stops:
-            encoded = [string.encode() for string in stop]
-            row = could_complete(self._bytes, encoded)
-            self._may_stop = np.vstack([self._may_stop, row])
-            self._stops[stop] = len(self._stops)
-        return self._stops[stop]
 
     def _restore(self, row: int) -> None:
         """Copy the longest known prefix, all but the last token at most."""
@@ -258,7 +257,7 @@ class Batch:
         rows, count = self._rows, len(self.running)
         reason = np.where(rows.length[:count] >= rows.limit[:count], _LENGTH, _GOES_ON)
         reason[self._is_eos[tokens]] = _EOS
-        for row in np.flatnonzero(self._may_stop[rows.stop[:count], tokens]):
+        for row in np.flatnonzero(rows.may_stop[np.arange(count), tokens]):
             if self._stops_here(int(row)):
                 reason[row] = _STOP
         unsent = rows.length[:count] - rows.sent[:count]

@@ -8,6 +8,7 @@ and over the blocks in float64, which keeps the inversion exact for any vocabula
 """
 
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+# Below it the most likely token is taken: logits divided by less leave float32.
+MIN_TEMPERATURE = 1e-5
 _BLOCK = 128
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -52,7 +55,7 @@ def sample(
     Args:
         logits: [B, V] float32.
         uniform: [B] float64 in [0, 1).
-        temperature: [B]; 0 takes the most likely token.
+        temperature: [B]; below `MIN_TEMPERATURE` the most likely token is taken.
         top_p: [B] in (0, 1]; 1 keeps all tokens.
         top_k: [B]; 0 keeps all tokens.
 
@@ -60,7 +63,7 @@ def sample(
         Tokens [B] int64, their log-probabilities [B] float32 and the entropies [B]
         float32 in nats. Where the logits are not finite the entropy is NaN.
     """
-    greedy = temperature == 0
+    greedy = temperature < MIN_TEMPERATURE
     if greedy.all():
         tokens = logits.argmax(-1)
         zeros = np.zeros(len(greedy), np.float32)
@@ -225,22 +228,37 @@ def _byte_level_alphabet() -> dict[int, str]:
     return alphabet | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
-def could_complete(table: Sequence[bytes], stop: Sequence[bytes]) -> np.ndarray:
-    """Which tokens can be the last one of a stop string: [V] bool.
+class StopTokens:
+    """Which tokens can be the last one of a stop string.
 
     A token qualifies when it holds a stop string, or begins with the end of one.
     The few that qualify are then compared with the bytes before them.
+
+    Args:
+        table: the bytes of every token.
     """
-    ends = {string[-n:] for string in stop for n in range(1, len(string) + 1)}
-    lengths = sorted({len(end) for end in ends})
-    return np.array(
-        [
-            any(piece[:n] in ends for n in lengths)
-            or any(string in piece for string in stop)
-            for piece in table
-        ],
-        bool,
-    )
+
+    def __init__(self, table: Sequence[bytes]) -> None:
+        self._table = table
+        self._lengths = np.array([len(piece) for piece in table])
+        self._order = sorted(range(len(table)), key=table.__getitem__)
+        self._sorted = [table[index] for index in self._order]
+
+    def of(self, stop: Sequence[bytes]) -> np.ndarray:
+        """[V] bool, in tens of milliseconds for a vocabulary of 150,000."""
+        found = np.zeros(len(self._table), bool)
+        for string in stop:
+            long_enough = np.flatnonzero(self._lengths >= len(string)).tolist()
+            found[[i for i in long_enough if string in self._table[i]]] = True
+        for end in {string[-n:] for string in stop for n in range(1, len(string) + 1)}:
+
+            def start(piece: bytes, length: int = len(end)) -> bytes:
+                return piece[:length]
+
+            first = bisect_left(self._sorted, end, key=start)
+            last = bisect_right(self._sorted, end, key=start)
+            found[self._order[first:last]] = True
+        return found
 
 
 def eos_ids(*holders: object) -> list[int]:

@@ -10,6 +10,7 @@ process of the cluster: on a cluster that runs already, its operator decides
 """
 
 import contextlib
+import math
 import os
 import random
 import shlex
@@ -26,6 +27,8 @@ CHOICE = "RAY_SERVE_ENABLE_HA_PROXY"
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 # HAProxy tries another replica where one refuses, so one that goes has not to linger.
 DRAINING_S = 2
+# Beyond an answer's time, for its last words.
+LAST_S = 5.0
 # Below the ports that the system lends to outgoing connections, which could take one
 # before its server listens, and below those of Serve's replicas.
 PORTS = range(20_000, 30_000)
@@ -58,10 +61,13 @@ def find_haproxy() -> str | None:
 
 
 @contextlib.contextmanager
-def haproxy_where_possible() -> Iterator[None]:
+def haproxy_where_possible(max_request_s: float) -> Iterator[None]:
     """Inside, a Ray that is started has HAProxy for Serve, if the machine does.
 
     What the environment says already is kept, and so is what Serve has read of it.
+
+    Args:
+        max_request_s: longest time that an answer may take.
     """
     binary = find_haproxy()
     decided = CHOICE in os.environ or "RAY_ADDRESS" in os.environ
@@ -70,7 +76,7 @@ def haproxy_where_possible() -> Iterator[None]:
         return
     # A socket's path has room for little more than Serve adds to the folder.
     with tempfile.TemporaryDirectory(prefix="haproxy-", dir="/tmp") as folder:
-        chosen = haproxy_settings(binary, Path(folder))
+        chosen = haproxy_settings(binary, Path(folder), max_request_s)
         mine = {name: text for name, text in chosen.items() if name not in os.environ}
         os.environ.update(mine)
         try:
@@ -80,12 +86,13 @@ def haproxy_where_possible() -> Iterator[None]:
                 os.environ.pop(name, None)
 
 
-def haproxy_settings(binary: str, folder: Path) -> dict[str, str]:
+def haproxy_settings(binary: str, folder: Path, max_request_s: float) -> dict[str, str]:
     """Variables of the environment, for a Ray on this machine alone.
 
     Args:
         binary: of HAProxy.
         folder: for its files; it is there.
+        max_request_s: longest time that an answer may take.
     """
     wrapper = folder / "haproxy"
     lost = folder / "lost.http"
@@ -105,6 +112,9 @@ def haproxy_settings(binary: str, folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        # When the replicas change, another HAProxy takes over; the one before ends with
+        # its last answer, or is ended.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(max_request_s + LAST_S)),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAINING_S),
         # The agent's code only waits: a thread of its own costs it a tenth.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",

@@ -1,9 +1,12 @@
 """What the HTTP server allows; can be pickled, holds no key in plain text."""
 
 from dataclasses import dataclass
+from hashlib import sha256
 
 from rllib_arpo.errors import ConfigError
 
+# SHA-256 of an empty key, which every client could show.
+OF_NOTHING = sha256(b"").hexdigest()
 # Fewer than Serve lets through to a replica, so that the refusal is an error object.
 MAX_IN_ALL = 1000
 
@@ -53,6 +56,8 @@ class HttpSettings:
                 f"`max_tokens` ({self.max_tokens}) must be >= 1, or None for no limit"
             )
         for one in (*self.api_key_hashes, self.admin_key_hash):
+            if one == OF_NOTHING:
+                raise ConfigError("a key is empty")
             if one is not None and not _is_hash(one):
                 raise ConfigError(
                     f"a key's hash has {len(one)} characters, not 64 hex digits: give "

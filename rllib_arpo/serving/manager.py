@@ -133,13 +133,17 @@ class Manager:
 
     async def _reload(self, name: str, checkpoint: str | None) -> str:
         model = self._models[name]
+        # Before the weights: if the alias moves meanwhile, the next look loads again.
+        alias = (
+            {ALIAS: await self._alias_version(name)}
+            if model.source.startswith(REGISTERED)
+            else {}
+        )
         weights = await asyncio.to_thread(find_weights, checkpoint or model.source)
         await self._refuse_other_vocabulary(name, weights)
         engine = ServeEngine(self._engines[name])
         version = await engine.prepare(weights.source, weights.version)
-        config = {"source": weights.source, "version": version}
-        if model.source.startswith(REGISTERED):
-            config[ALIAS] = await self._alias_version(name)
+        config = {"source": weights.source, "version": version, **alias}
         await asyncio.to_thread(set_user_config, self._app, {model.deployment: config})
         await self._taken_over(name, version)
         logger.info("model %s has version %s of the weights", name, version)

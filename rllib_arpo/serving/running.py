@@ -4,25 +4,59 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+from ray.serve.context import _get_global_client
+
+from rllib_arpo.errors import ConfigError
 
 
 @contextmanager
 def running_app(app: Application, *, name: str, host: str, port: int) -> Iterator[None]:
     """Serve an application on the Ray that runs; it is ready inside.
 
+    Other applications that Serve has there stay as they are.
+
     Args:
         app: of `build_app` or `bind_app`.
         name: under which Serve knows it.
         host: address to listen at.
         port: of TCP.
+
+    Raises:
+        ConfigError: Serve runs there already, and listens elsewhere.
     """
     # Importing Serve configures its logger.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    had_serve = serve_runs()
     try:
         serve.start(http_options={"host": host, "port": port})
+        _refuse_other_address(host, port)
         serve.run(app, name=name, route_prefix="/")
         yield
     finally:
-        serve.shutdown()
+        if had_serve:
+            serve.delete(name)
+        else:
+            serve.shutdown()
+
+
+def serve_runs() -> bool:
+    """Whether the Ray that runs has a Serve."""
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return False
+    return True
+
+
+def _refuse_other_address(host: str, port: int) -> None:
+    # Serve that runs keeps its own, whatever it is started with.
+    kept = _get_global_client().http_config
+    if (kept.host, kept.port) != (host, port):
+        raise ConfigError(
+            f"Serve on this Ray listens at {kept.host}:{kept.port} already: give "
+            f"--host {kept.host} --port {kept.port}"
+        )

@@ -19,8 +19,9 @@ from rllib_arpo.serving.engine_client import (
     EngineBusyError,
     EngineChunk,
     EngineLostError,
+    VersionGoneError,
 )
-from rllib_arpo.serving.turn_places import Places
+from rllib_arpo.serving.turn_places import Connection, Places
 
 # What a call of a replica ends with when the replica did not answer.
 LOST = (
@@ -46,13 +47,27 @@ class ServeEngine:
     async def generate(
         self, request: GenerationRequest, *, version: str | None = None
     ) -> AsyncIterator[EngineChunk]:
-        """As `TurnEngine.generate`."""
+        """As `TurnEngine.generate`.
+
+        A replica that started after new weights came has no older ones: then another
+        replica is asked, over the connection that there is.
+        """
         with _replica_errors():
-            async with self._places.taken() as connection:
-                turn = connection.generate(request, version=version)
-                async with aclosing(turn) as chunks:
-                    async for chunk in chunks:
-                        yield chunk
+            async with self._places.taken() as first:
+                connection: Connection | None = first
+                tried: list[Connection] = []
+                while connection is not None:
+                    tried.append(connection)
+                    turn = connection.generate(request, version=version)
+                    try:
+                        async with aclosing(turn) as chunks:
+                            async for chunk in chunks:
+                                yield chunk
+                        return
+                    except VersionGoneError:
+                        connection = self._places.another(tried)
+                        if version is None or connection is None:
+                            raise
 
     async def prepare(self, source: str, version: str | None = None) -> str:
         """Load weights into every replica, as `EngineReplica.prepare`.

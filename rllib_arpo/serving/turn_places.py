@@ -8,7 +8,7 @@ so Serve weighs anew where turns go, and sees within that time that there are fe
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -157,6 +157,13 @@ class Places:
             yield place.connection
         finally:
             self._put_back(place)
+
+    def another(self, tried: Sequence[Connection]) -> Connection | None:
+        """A connection to a replica that was not tried yet, None if there is none."""
+        for connection in self._connections.values():
+            if connection not in tried and not connection.lost:
+                return connection
+        return None
 
     def close(self) -> None:
         """Give all places back; turns in flight are lost."""

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from rllib_arpo.engines.sampling import (
-    could_complete,
+    StopTokens,
     sample,
     token_bytes,
     truncate,
@@ -61,6 +61,21 @@ def test_temperature_changes_the_distribution_that_is_reported() -> None:
 def test_temperature_zero_takes_the_most_likely_token_for_certain() -> None:
     tokens, logprobs, entropies = draw([[0.0, 2.0, 1.0]], [0.99], temperature=0.0)
     assert (tokens.tolist(), logprobs.tolist(), entropies.tolist()) == ([1], [0], [0])
+
+
+@pytest.mark.parametrize("temperature", [9e-6, 1e-40, 5e-324])
+def test_a_temperature_that_float32_cannot_divide_by_is_zero(temperature) -> None:
+    drawn = draw([[0.0, 200.0, 1.0]], [0.99], temperature=temperature)
+    assert [array.tolist() for array in drawn] == [[1], [0], [0]]
+
+
+def test_the_smallest_temperature_is_finite_for_large_logits() -> None:
+    tokens, logprobs, entropies = draw([[-1e6, 1e6, 0.0]], [0.99], temperature=1e-5)
+    assert [array.tolist() for array in (tokens, logprobs, entropies)] == [
+        [1],
+        [0],
+        [0],
+    ]
 
 
 def test_greedy_and_sampled_rows_share_a_batch() -> None:
@@ -186,5 +201,20 @@ def test_tokens_of_other_tokenizers_stand_for_what_they_add_to_a_text() -> None:
 def test_only_tokens_that_hold_or_end_a_stop_string_are_candidates() -> None:
     table = [b"</a>", b"</", b"a>", b"a", b">", b"> b", b"x</a>y", b"", b"b>"]
     expected = [True, False, True, False, True, True, True, False, False]
-    assert could_complete(table, [b"</a>"]).tolist() == expected
-    assert not could_complete(table, []).any()
+    assert StopTokens(table).of([b"</a>"]).tolist() == expected
+    assert not StopTokens(table).of([]).any()
+
+
+@given(
+    st.lists(st.binary(max_size=4), min_size=1, max_size=30),
+    st.lists(st.binary(min_size=1, max_size=4), max_size=3),
+)
+def test_candidates_are_those_that_a_look_at_every_token_finds(table, stop) -> None:
+    assert StopTokens(table).of(stop).tolist() == [
+        any(
+            string in piece
+            or any(piece.startswith(string[i:]) for i in range(len(string)))
+            for string in stop
+        )
+        for piece in table
+    ]

@@ -207,6 +207,30 @@ def test_a_stop_string_ends_the_turn_however_it_is_split_over_tokens() -> None:
     assert result.logprobs.tolist() == [0] * end
 
 
+def test_each_request_ends_at_its_own_stop_string_also_when_it_moves_up() -> None:
+    script = TOKENIZER.encode("48</search>2 0")
+    engine = engine_of(reciting_model(script))
+    stops = [("never",), ("</search>",), ("8<",)]
+    results = run(
+        engine,
+        *(
+            # The first leaves after a token, and the last takes its row.
+            ask(
+                str(number),
+                script[:1],
+                1 if number == 0 else len(script) - 1,
+                sampling=SamplingParams(temperature=0, stop=stop),
+            )
+            for number, stop in enumerate(stops)
+        ),
+    )
+    assert [one.finish_reason for one in results] == ["length", "stop", "stop"]
+    texts = [TOKENIZER.decode(script[:1] + one.token_ids.tolist()) for one in results]
+    assert texts[1].endswith("</search>")
+    assert "8<" in texts[2]
+    assert len(texts[2]) < len(texts[1])
+
+
 def test_a_stop_string_that_begins_in_the_prompt_does_not_count() -> None:
     script = TOKENIZER.encode("48</search>2 0")
     pieces = TOKENIZER.batch_decode([[i] for i in script])

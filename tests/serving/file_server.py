@@ -59,7 +59,9 @@ def serving_file(
     )
     # HAProxy's sockets lie below it, and a socket's path has at most 107 bytes.
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="haproxy-") as short:
-        sockets = {} if binary is None else haproxy_settings(binary, Path(short))
+        sockets = (
+            {} if binary is None else haproxy_settings(binary, Path(short), PATIENCE_S)
+        )
         # Not the Ray that another test has started.
         words = ["serve", "run", "--address", "local", str(file)]
         with log.open("w") as written:

@@ -48,7 +48,7 @@ frontend http_frontend
 def test_statistics_stay_on_this_machine_and_the_server_where_it_was_put(
     host: str, tmp_path: Path
 ) -> None:
-    settings = haproxy_settings("/bin/cat", tmp_path)
+    settings = haproxy_settings("/bin/cat", tmp_path, 600.0)
     file = tmp_path / "haproxy.cfg"
     file.write_text(CONFIG.format(host=host))
     done = subprocess.run(
@@ -77,7 +77,7 @@ def test_what_an_operator_decided_is_kept(
 ) -> None:
     monkeypatch.setenv(name, "0")
     monkeypatch.delenv(BINARY, raising=False)
-    with haproxy_where_possible():
+    with haproxy_where_possible(600.0):
         assert os.environ[name] == "0"
         assert BINARY not in os.environ
 

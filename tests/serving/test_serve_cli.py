@@ -109,6 +109,19 @@ def test_keys_are_hashed_before_they_go_anywhere() -> None:
     assert "secret" not in repr(args)
 
 
+@pytest.mark.parametrize("key", ["", " "])
+def test_a_key_that_is_empty_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match="--api-key is empty"):
+        serve_args(["a"], (key,), None, {})
+    with pytest.raises(ConfigError, match="--admin-key is empty"):
+        serve_args(["a"], (), key, {})
+
+
+def test_spaces_around_a_key_are_not_part_of_it() -> None:
+    args = serve_args(["a"], (" secret ",), None, {})
+    assert args.http().api_key_hashes == (hash_key("secret"),)
+
+
 def test_texts_of_serve_run_become_values() -> None:
     args = ServeArgs.model_validate(
         {

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from rllib_arpo.serving.engine_client import (
     InProcessEngine,
     VersionGoneError,
 )
+from rllib_arpo.serving.serve_engine import ServeEngine
 from rllib_arpo.serving.turn_places import Connection, Places
 from rllib_arpo.serving.turn_server import MAX_GREETING_BYTES, Generate, TurnServer
 from rllib_arpo.serving.turn_wire import (
@@ -317,5 +319,54 @@ def test_a_place_whose_replica_is_gone_is_not_used_again() -> None:
                 async with places.taken() as other:
                     assert other is not connection
                     assert not other.lost
+
+    asyncio.run(run())
+
+
+class Replica:
+    """Has one version of the weights."""
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+
+    async def __call__(
+        self, request: GenerationRequest, *, version: str | None = None
+    ) -> AsyncIterator[EngineChunk]:
+        if version not in (None, self.version):
+            raise VersionGoneError(f"only {self.version}")
+        yield replace(chunk(1, done=True), version=self.version)
+
+
+class Handle:
+    """What `ServeEngine` needs of a `DeploymentHandle`."""
+
+    def __init__(self, calls: Calls) -> None:
+        self.calls = calls
+
+    def options(self, **options: Any) -> Calls:
+        return self.calls
+
+
+def test_a_turn_goes_back_to_the_replica_that_still_has_its_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when weights changed and then a replica was added, amid an answer."""
+    monkeypatch.setattr(turn_places, "KEEP_S", 0.0)
+
+    async def versions(engine: ServeEngine, version: str | None) -> list[str]:
+        return [one.version for one in await collect(engine, request("a"), version)]
+
+    async def run() -> None:
+        async with served(Replica("old")) as old, served(Replica("new")) as new:
+            calls = Calls(old)
+            engine = ServeEngine(Handle(calls))
+            assert await versions(engine, None) == ["old"]
+            calls.server = new
+            assert await versions(engine, "old") == ["old"]
+            assert await versions(engine, None) == ["new"]
+            with pytest.raises(VersionGoneError):
+                await versions(engine, "older")
+            engine._places.close()
+            await asyncio.sleep(0)
 
     asyncio.run(run())

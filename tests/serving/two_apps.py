@@ -1,0 +1,52 @@
+"""What `rllib-arpo serve` does on a Ray where Serve has an application already.
+
+Run as a process of its own: Serve starts threads where it is imported.
+"""
+
+import sys
+
+import httpx2
+import ray
+from ray import serve
+
+from rllib_arpo.errors import ConfigError
+from rllib_arpo.serving.front import free_ports
+from rllib_arpo.serving.running import running_app, serve_runs
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 0})
+class Named:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def __call__(self, request: object) -> str:
+        return self.name
+
+
+def main() -> None:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    port, other_port = free_ports(2)
+    assert not serve_runs()
+    mine = Named.bind("mine")
+    with running_app(mine, name="mine", host="127.0.0.1", port=port):
+        assert serve_runs()
+    assert not serve_runs()
+
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(Named.bind("other"), name="other", route_prefix="/other")
+    url = f"http://127.0.0.1:{port}"
+    try:
+        with running_app(mine, name="mine", host="127.0.0.1", port=other_port):
+            raise AssertionError("it was started")
+    except ConfigError as error:
+        assert f"--port {port}" in str(error), error
+    with running_app(mine, name="mine", host="127.0.0.1", port=port):
+        assert httpx2.get(url).text == "mine"
+        assert httpx2.get(f"{url}/other").text == "other"
+    assert list(serve.status().applications) == ["other"]
+    assert httpx2.get(f"{url}/other").text == "other"
+    serve.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
