@@ -151,9 +151,16 @@ def save_agent(settings: AgentSettings, folder: str | Path) -> Path:
 
     Returns:
         The file.
+
+    Raises:
+        ConfigError: a setting cannot be stored, such as a lock.
     """
     file = Path(folder) / AGENT_FILE
-    file.write_bytes(cloudpickle.dumps(settings))
+    try:
+        stored = cloudpickle.dumps(settings)
+    except Exception as error:  # boundary: objects of users say why in their own way
+        raise ConfigError(f"the agent's settings cannot be stored: {error}") from error
+    file.write_bytes(stored)
     return file
 
 

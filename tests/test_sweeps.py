@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -301,6 +302,37 @@ def test_a_killed_sweep_goes_on_where_it_was(cold_start, tests_importable, tmp_p
     )
     iterations = {int(trace.info.tags["iteration"]) for trace in found}
     assert iterations == set(range(1, 7))
+
+
+@pytest.mark.slow
+def test_a_sweep_may_be_tracked_from_its_end_on(cold_start, tests_importable, tmp_path):
+    file = sweep_file(tmp_path, cold_start.model, iterations=2)
+    out = tmp_path / "swept"
+    code, _, err = finish(start("tune", file, "--out", "swept", folder=tmp_path))
+    before = rows_of(out)
+    uri = f"sqlite:///{tmp_path / 'tracked.db'}"
+    words = ("tune", file, "--out", "swept", "--resume", "--mlflow", uri)
+    code, _, err = finish(start(*words, folder=tmp_path))
+    after = rows_of(out)
+    names = ("trial", "training_iteration", "status")
+    assert [[row[name] for name in names] for row in after[:2]] == [
+        [row[name] for name in names] for row in before[:2]
+    ], err
+    client = MlflowClient(uri, registry_uri=uri)
+    champion = client.get_model_version_by_alias("arpo-agent", "champion")
+    assert champion.tags["trial_id"] == before[0]["trial"]
+    tags = client.get_run(champion.run_id).data.tags
+    parent = client.get_run(tags["mlflow.parentRunId"])
+    assert parent.data.tags["best_trial"] == before[0]["trial"]
+    # Without MLflow's folder it is as good.
+    shutil.rmtree(out / "mlflow")
+    code, _, err = finish(
+        start("tune", file, "--out", "swept", "--resume", folder=tmp_path)
+    )
+    assert code == 0, err
+    assert [row["trial"] for row in rows_of(out)[:2]] == [
+        row["trial"] for row in before[:2]
+    ], err
 
 
 @pytest.mark.slow

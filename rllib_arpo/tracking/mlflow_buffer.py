@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from rllib_arpo.errors import ARPOError
 from rllib_arpo.storage import write_whole
 from rllib_arpo.tracking.mlflow_outbox import Outbox
-from rllib_arpo.tracking.mlflow_store import EXPERIMENT, tracking_uri
+from rllib_arpo.tracking.mlflow_store import EXPERIMENT, answers, tracking_uri
 
 if TYPE_CHECKING:
     from rllib_arpo.tracking.mlflow_sender import Sender
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 GATHER_S = 10.0
 RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+# At one place, of a store that answers.
+MAX_FAILURES = 6
 SPEC_FILE, RUN_ID_FILE = "run.json", "run_id"
 
 
@@ -187,7 +189,7 @@ class Buffer:
         self._wake.set()
 
     def _run(self) -> None:
-        failures = 0
+        failures, stuck_at = 0, -1
         while not self._closing:
             self._wake.wait()
             self._wake.clear()
@@ -196,13 +198,27 @@ class Buffer:
                 pause = self._gather_s if self._send_all() else 0.0
                 failures = 0
             except Exception as error:  # boundary: tracking never stops training
-                self._sender = None
+                failures = failures if self._outbox.sent == stuck_at else 0
+                stuck_at = self._outbox.sent
+                self._sender = self._after(failures)
                 pause = RETRY_S[min(failures, len(RETRY_S) - 1)]
                 failures += 1
                 self._wake.set()
                 log = logger.warning if failures == 1 else logger.debug
                 log("MLflow at %s does not answer: %s", self.spec.uri, error)
             self._hurry.wait(pause)
+
+    def _after(self, failures: int) -> "Sender | None":
+        """What tries again after so many failures at the same place.
+
+        A store that answers, but not to one line, is not waited for: that line is
+        refused, or it would hold up all that follow.
+        """
+        from rllib_arpo.tracking.mlflow_sender import Sender
+
+        if failures < MAX_FAILURES or not answers(self.spec.uri):
+            return None
+        return Sender(self.folder, self.spec, gives_up=True)
 
     def _send_all(self) -> bool:
         """Send what is there at the start; whether there was something."""

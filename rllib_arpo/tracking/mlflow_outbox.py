@@ -70,6 +70,11 @@ class Outbox:
         return self._end
 
     @property
+    def sent(self) -> int:
+        """The place up to which all is sent."""
+        return self._sent
+
+    @property
     def pending_bytes(self) -> int:
         """What is not sent."""
         return self._end - self._sent

@@ -32,15 +32,15 @@ MAX_REFUSED_BYTES = 1 << 20
 # Of MLflow's REST interface, for one call.
 MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100
 MAX_PARAM_CHARS, MAX_TAG_CHARS = 6000, 5000
-REFUSALS = (
-    "INVALID_PARAMETER_VALUE",
+# Not for one value of many.
+REFUSALS_OF_ALL = (
     "RESOURCE_DOES_NOT_EXIST",
     "RESOURCE_ALREADY_EXISTS",
-    "BAD_REQUEST",
     "INVALID_STATE",
 )
-# Refusals that may be for one value of many.
-FAULTS_OF_A_VALUE = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+# In MLflow's error when a server does not say which version it has.
+NO_ANSWER = "could not identify"
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", *REFUSALS_OF_ALL)
 
 
 class ParentMissingError(Exception):
@@ -53,9 +53,12 @@ class Sender:
     Args:
         folder: of the buffer.
         spec: of the run.
+        gives_up: refuse the first line that fails, whatever the reason: for one that
+            holds up the others of a store that answers.
     """
 
-    def __init__(self, folder: Path, spec: RunSpec) -> None:
+    def __init__(self, folder: Path, spec: RunSpec, *, gives_up: bool = False) -> None:
+        self._gives_up = gives_up
         self._folder = folder
         self._spec = spec
         self._client = open_client(spec.uri)
@@ -72,13 +75,28 @@ class Sender:
         if not lines:
             return
         if not self._run_id:
-            self._run_id = self._find_run() or self._make_run(lines[0]["time_ms"])
-            self._experiment = self._client.get_run(self._run_id).info.experiment_id
+            self._open_run(lines[0]["time_ms"])
         numbers = [line for line in lines if line["kind"] == "metrics"]
         self._or_refuse(self._metrics, numbers)
         for line in lines:
             if line["kind"] != "metrics":
                 self._or_refuse(self._one, [line])
+        self._gives_up = False
+
+    def _open_run(self, start_ms: int) -> None:
+        from mlflow.exceptions import MlflowException
+
+        run_id = self._find_run() or self._make_run(start_ms)
+        try:
+            run = self._client.get_run(run_id)
+        except MlflowException as error:
+            gone = error.error_code == "RESOURCE_DOES_NOT_EXIST"
+            if not gone or self._spec.run_id is not None:
+                raise
+            # The store is another one by now: a database that was deleted.
+            run = self._client.get_run(self._make_run(start_ms))
+        self._run_id = run.info.run_id
+        self._experiment = run.info.experiment_id
 
     def _find_run(self) -> str | None:
         known = self._spec.run_id or read_run_id(self._folder)
@@ -204,15 +222,15 @@ class Sender:
 
         try:
             send(lines)
-        except (MlflowException, ConfigError) as error:
-            code = _code(error)
-            if code not in REFUSALS:
+        except (MlflowException, ConfigError, NotImplementedError) as error:
+            if not _is_refusal(error) and not self._gives_up:
                 raise
-            parts = _parts(lines) if code in FAULTS_OF_A_VALUE else []
+            parts = [] if _code(error) in REFUSALS_OF_ALL else _parts(lines)
             for part in parts:
                 self._or_refuse(send, [part])
             if not parts:
                 self._refuse(lines, error)
+                self._gives_up = False
 
     def _refuse(self, lines: Sequence[Mapping[str, Any]], error: Exception) -> None:
         log = logger.debug if self._has_refused else logger.warning
@@ -222,6 +240,14 @@ class Sender:
         with suppress(OSError), file.open("a") as opened:
             if opened.tell() < MAX_REFUSED_BYTES:
                 opened.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the same would be raised again, however often it is tried."""
+    if isinstance(error, NotImplementedError):  # a store without traces
+        return NO_ANSWER not in str(error)
+    ours = isinstance(error, ConfigError) and error.__cause__ is None
+    return ours or _code(error) in REFUSALS
 
 
 def _code(error: Exception) -> str:

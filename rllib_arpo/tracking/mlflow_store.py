@@ -45,13 +45,18 @@ def open_client(uri: str | None = None) -> "MlflowClient":
 
 def seconds_to_wait(uri: str) -> float:
     """For what is left to be sent at an end: little when the store does not answer."""
+    return WAIT_FOR_MODEL_S if answers(uri) else WAIT_FOR_NONE_S
+
+
+def answers(uri: str) -> bool:
+    """Whether a store does, to a question that costs little."""
     from mlflow.exceptions import MlflowException
 
     try:
         open_client(uri).search_experiments(max_results=1)
     except (MlflowException, OSError):
-        return WAIT_FOR_NONE_S
-    return WAIT_FOR_MODEL_S
+        return False
+    return True
 
 
 def experiment_id(client: "MlflowClient", name: str) -> str:

@@ -85,10 +85,12 @@ def tree_trace(
 def _assessed(tree: RolloutTree, span_of: Mapping[int, str]) -> list[dict[str, Any]]:
     if not tree.leaves:
         return []
-    values: dict[str, list[float]] = defaultdict(list)
-    for leaf in tree.leaves:
-        for name, value in {"reward": leaf.reward, **leaf.reward_parts}.items():
-            values[name].append(value)
+    parts = sorted({name for leaf in tree.leaves for name in leaf.reward_parts})
+    # A part that a leaf lacks gave it nothing. One called "reward" is not the total.
+    values = {
+        name: [leaf.reward_parts.get(name, 0.0) for leaf in tree.leaves]
+        for name in parts
+    } | {"reward": [leaf.reward for leaf in tree.leaves]}
     means = [
         {"name": f"{name}_mean", "value": fmean(of_leaves), "span_id": None}
         for name, of_leaves in values.items()

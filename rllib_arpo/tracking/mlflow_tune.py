@@ -105,9 +105,7 @@ class TuneMLflowCallback(MLflowLoggerCallback):
         self._note_changes(trial)
         if trial.trial_id in self._trials:
             return
-        buffer = self._open(
-            self._folder / trial.trial_id, str(trial), str(self._folder / PARENT)
-        )
+        buffer = self._buffer_of(trial)
         buffer.add("status", {"status": "RUNNING"})
         buffer.params(_parameters(trial))
         buffer.tags(
@@ -132,6 +130,10 @@ class TuneMLflowCallback(MLflowLoggerCallback):
     def log_trial_save(self, trial: Trial) -> None:
         """Note where the newest checkpoint is."""
         checkpoint = trial.checkpoint
+        saved = trial.latest_checkpoint_result
+        if saved is not None and saved.metrics is not None:
+            # Which Tune writes into its own state, again and again.
+            saved.metrics.pop(TRACES, None)
         if checkpoint is not None and trial.trial_id in self._trials:
             self._trials[trial.trial_id].tags({"checkpoint": checkpoint.path})
 
@@ -160,7 +162,7 @@ class TuneMLflowCallback(MLflowLoggerCallback):
             value = at(best.last_result, self._metric or "")
             self._parent.tags({"best_trial": best.trial_id})
             self._parent.metrics({"best": value}, step=0)
-            self._register(best, value)
+            self._register(best)
         self._parent.add("status", {"status": "FINISHED" if done else "KILLED"})
         if self._parent.close():
             self._send_rest()
@@ -200,11 +202,20 @@ class TuneMLflowCallback(MLflowLoggerCallback):
         }
         return max(values, key=values.__getitem__, default=None)
 
-    def _register(self, trial: Trial, value: float) -> None:
+    def _register(self, trial: Trial) -> None:
+        """Register a trial's newest checkpoint, with what it was measured at then."""
         from rllib_arpo.agent_weights import export_weights
         from rllib_arpo.agents import find_agent, save_agent
 
-        if self._registered_model is None or trial.checkpoint is None:
+        if self._registered_model is None:
+            return
+        saved = trial.latest_checkpoint_result
+        if trial.checkpoint is None or saved is None or saved.metrics is None:
+            logger.warning(
+                "the best trial, %s, has no checkpoint, so its model is not "
+                "registered: set `checkpoint_at_end` of Tune's CheckpointConfig",
+                trial,
+            )
             return
         shutil.rmtree(self._folder / BEST, ignore_errors=True)
         folder = self._folder / BEST / trial.trial_id
@@ -215,7 +226,6 @@ class TuneMLflowCallback(MLflowLoggerCallback):
         except (OSError, ARPOError) as error:
             logger.warning("the best trial's model is not registered: %s", error)
             return
-        iteration = trial.last_result["training_iteration"]
         self._add(
             trial,
             "model",
@@ -224,16 +234,18 @@ class TuneMLflowCallback(MLflowLoggerCallback):
                 "name": self._registered_model,
                 "alias": CHAMPION,
                 "tags": {
-                    "iteration": str(iteration),
+                    "iteration": str(saved.metrics["training_iteration"]),
                     "trial_id": trial.trial_id,
-                    _name(self._metric or ""): f"{value:.4f}",
+                    _name(self._metric or ""): (
+                        f"{at(saved.metrics, self._metric or ''):.4f}"
+                    ),
                 },
             },
         )
 
     def _add(self, trial: Trial, kind: str, content: Mapping[str, Any]) -> None:
         """Add a line to the run of a trial that has ended."""
-        buffer = Buffer(self._folder / trial.trial_id)
+        buffer = self._buffer_of(trial)
         buffer.add(kind, content)
         buffer.close(seconds_to_wait(buffer.spec.uri))
 
@@ -242,6 +254,10 @@ class TuneMLflowCallback(MLflowLoggerCallback):
         for file in sorted(self._folder.glob(f"*/{SPEC_FILE}")):
             if not send_later(file.parent, timeout_s=WAIT_FOR_MODEL_S):
                 return
+
+    def _buffer_of(self, trial: Trial) -> Buffer:
+        parent = str(self._folder / PARENT)
+        return self._open(self._folder / trial.trial_id, str(trial), parent)
 
     def _open(self, folder: Path, name: str, parent: str | None) -> Buffer:
         assert self.tracking_uri is not None

@@ -158,6 +158,7 @@ def test_a_sweep_is_a_parent_run_with_a_child_per_trial(
             stop={"training_iteration": 1},
             storage_path=str(tmp_path / "ray"),
             verbose=0,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
             callbacks=[TuneMLflowCallback(tmp_path / "sweep", uri=uri)],
         ),
     ).fit()
@@ -175,7 +176,12 @@ def test_a_sweep_is_a_parent_run_with_a_child_per_trial(
     )
     assert {trace.info.tags["iteration"] for trace in found} == {"1"}
     written = [Path(result.path) / "result.json" for result in results]
-    assert not any(TRACES in file.read_text() for file in written)
+    assert len(written) == 2
+    states = list((tmp_path / "ray").glob("*/experiment_state-*.json"))
+    assert states
+    name = TRACES.encode().hex()  # Tune pickles results into its state
+    for file in (*written, *states):
+        assert TRACES not in file.read_text() and name not in file.read_text()
 
 
 def test_the_web_page_shows_a_tree_with_its_turns_and_tools(
@@ -221,7 +227,7 @@ def test_leaves_have_their_reward_with_its_parts_and_the_trace_their_means(
     server, tmp_path
 ) -> None:
     tree = forked_tree((1.1, -0.5))
-    parts = ({"answer": 1.0, "format": 0.1}, {"answer": -0.5})
+    parts = ({"answer": 1.0, "format": 0.1}, {"answer": -0.5, "reward": 9.0})
     leaves = zip(tree.leaves, parts, strict=True)
     tree = replace(
         tree,
@@ -242,7 +248,7 @@ def test_leaves_have_their_reward_with_its_parts_and_the_trace_their_means(
     assert {one.name: one.value for one in given if one.span_id is None} == {
         "reward_mean": pytest.approx(0.3),
         "answer_mean": 0.25,
-        "format_mean": 0.1,
+        "format_mean": 0.05,
     }
     assert [
         (one.value, one.rationale, names[one.span_id]["text"])
@@ -250,5 +256,5 @@ def test_leaves_have_their_reward_with_its_parts_and_the_trace_their_means(
         if one.span_id is not None
     ] == [
         (1.1, "answer 1, format 0.1", "segment 3"),
-        (-0.5, "answer -0.5", "segment 4"),
+        (-0.5, "answer -0.5, reward 9", "segment 4"),
     ]

@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR
 
+from rllib_arpo.tracking import mlflow_buffer, mlflow_sender
 from rllib_arpo.tracking.mlflow_buffer import Buffer, RunSpec, send_later
 from tests.mlflow_server import MLflowServer
 
@@ -76,6 +79,69 @@ def test_one_bad_value_among_good_ones_is_the_only_one_refused(tmp_path) -> None
         {"reward?": 0.5},
         0,
     )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotImplementedError("log_spans is not supported: server version 3.0"),
+        MlflowException("413", error_code=INTERNAL_ERROR),
+    ],
+)
+def test_a_line_that_fails_for_good_holds_nothing_up(
+    error: Exception, tmp_path, monkeypatch
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(mlflow_buffer, "RETRY_S", (0.0,))
+    monkeypatch.setattr(mlflow_sender, "send_trace", refuse)
+    uri = local_uri(tmp_path)
+    buffer = Buffer(tmp_path / "buffer", RunSpec(uri=uri))
+    buffer.add("trace", {"trace": {"trace_id": "a"}})
+    buffer.tags({"after": "yes"})
+    buffer.metrics({"reward": 0.5}, step=0)
+    assert buffer.close(LIMIT_S)
+    client = MlflowClient(uri)
+    assert history(client, buffer.run_id, "reward") == [(0, 0.5)]
+    assert client.get_run(str(buffer.run_id)).data.tags["after"] == "yes"
+    (refused,) = (tmp_path / "buffer" / "refused.jsonl").read_text().splitlines()
+    assert json.loads(refused)["trace"] == {"trace_id": "a"}
+
+
+def test_a_store_that_is_away_is_waited_for_however_often_it_fails(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(mlflow_buffer, "RETRY_S", (0.0,))
+    monkeypatch.setattr(mlflow_buffer, "answers", lambda uri: False)
+    failures = iter(range(20))
+    send = mlflow_sender.Sender._metrics
+
+    def fail(*args: Any) -> None:
+        if next(failures, None) is not None:
+            raise MlflowException("away", error_code=INTERNAL_ERROR)
+        send(*args)
+
+    monkeypatch.setattr(mlflow_sender.Sender, "_metrics", fail)
+    uri = local_uri(tmp_path)
+    buffer = Buffer(tmp_path / "buffer", RunSpec(uri=uri))
+    buffer.metrics({"reward": 0.5}, step=0)
+    assert buffer.close(LIMIT_S)
+    assert history(MlflowClient(uri), buffer.run_id, "reward") == [(0, 0.5)]
+    assert not (tmp_path / "buffer" / "refused.jsonl").exists()
+
+
+def test_a_store_that_lost_the_run_gets_a_new_one(tmp_path) -> None:
+    for number in range(2):
+        uri = local_uri(tmp_path / str(number))
+        (tmp_path / str(number)).mkdir()
+        spec = tmp_path / "buffer" / "run.json"
+        if spec.exists():
+            spec.write_text(json.dumps(json.loads(spec.read_text()) | {"uri": uri}))
+        buffer = Buffer(tmp_path / "buffer", RunSpec(uri=uri))
+        buffer.metrics({"reward": 0.5}, step=number)
+        assert buffer.close(LIMIT_S)
+        assert history(MlflowClient(uri), buffer.run_id, "reward") == [(number, 0.5)]
 
 
 def test_a_model_that_is_sent_twice_is_registered_once(almanac_model, tmp_path) -> None:
