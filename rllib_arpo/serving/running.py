@@ -54,7 +54,9 @@ def serve_runs() -> bool:
 
 def _refuse_other_address(host: str, port: int) -> None:
     # Serve that runs keeps its own, whatever it is started with.
-    kept = _get_global_client().http_config
+    client = _get_global_client()
+    assert client is not None  # it was started
+    kept = client.http_config
     if (kept.host, kept.port) != (host, port):
         raise ConfigError(
             f"Serve on this Ray listens at {kept.host}:{kept.port} already: give "
