@@ -178,6 +178,15 @@ def test_keys_come_from_the_environment_and_only_as_hashes():
     assert keys_from_environment({}) == ((), None)
 
 
+def test_an_empty_key_is_no_key():
+    for wrong in (
+        {"api_key_hashes": (hash_key(""),)},
+        {"admin_key_hash": hash_key("")},
+    ):
+        with pytest.raises(ConfigError, match="empty"):
+            HttpSettings(**wrong)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
