@@ -8,6 +8,9 @@ iteration as step, the machine's load, alarms and the git commit as tags, where 
 checkpoints and the model are (nothing is copied), some trees as traces, and the model
 of the best evaluation, registered. All of it goes through a buffer on disk, see
 `mlflow_buffer.py`: a server that is away never stops training.
+
+Iterations that a killed run makes again after its last checkpoint are logged again:
+MLflow deletes no value of a metric, and shows both of a step.
 """
 
 import atexit
