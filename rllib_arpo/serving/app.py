@@ -35,7 +35,7 @@ from rllib_arpo.errors import ConfigError
 from rllib_arpo.serving.access import API_KEYS_VARIABLE
 from rllib_arpo.serving.agent import Agent
 from rllib_arpo.serving.engine_deployment import EngineReplica, EngineSettings
-from rllib_arpo.serving.front import behind_haproxy
+from rllib_arpo.serving.front import GRACE_S, behind_haproxy
 from rllib_arpo.serving.http import make_http_app
 from rllib_arpo.serving.http_settings import HttpSettings
 from rllib_arpo.serving.manager import AGENT, MANAGER, ManagedModel, Manager, ask
@@ -49,8 +49,6 @@ from rllib_arpo.tracking.mlflow_answers import AnswerTraces
 MAX_ONGOING = 1024
 # Between two looks whether a replica that stops still has answers to write.
 SHUTDOWN_LOOK_S = 0.5
-# What a replica has to end its last answer by, beyond that answer's own time.
-GRACE_S = 5.0
 HEALTH_CHECK_PERIOD_S = 5.0
 READY_TIMEOUT_S = 2.0
 

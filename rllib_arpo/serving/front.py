@@ -27,8 +27,9 @@ CHOICE = "RAY_SERVE_ENABLE_HA_PROXY"
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 # HAProxy tries another replica where one refuses, so one that goes has not to linger.
 DRAINING_S = 2
-# Beyond an answer's time, for its last words.
-LAST_S = 5.0
+# What a replica, or HAProxy, has to end its last answer by, beyond that answer's own
+# time.
+GRACE_S = 5.0
 # Below the ports that the system lends to outgoing connections, which could take one
 # before its server listens, and below those of Serve's replicas.
 PORTS = range(20_000, 30_000)
@@ -114,7 +115,7 @@ def haproxy_settings(binary: str, folder: Path, max_request_s: float) -> dict[st
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
         # When the replicas change, another HAProxy takes over; the one before ends with
         # its last answer, or is ended.
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(max_request_s + LAST_S)),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(max_request_s + GRACE_S)),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAINING_S),
         # The agent's code only waits: a thread of its own costs it a tenth.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
