@@ -79,7 +79,7 @@ def written_aside(target: Path, *, intact: str) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield aside
-            _to_disk(aside)
+            to_disk(aside)
             _put_in_place(aside, target)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
@@ -107,7 +107,7 @@ def merged_aside(target: Path) -> Iterator[Path]:
         aside.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield aside
-            _to_disk(aside)
+            to_disk(aside)
             if target.exists():
                 for file in sorted(aside.iterdir()):
                     os.replace(file, target / file.name)
@@ -166,7 +166,7 @@ def _put_in_place(aside: Path, target: Path) -> None:
         shutil.rmtree(before)
 
 
-def _to_disk(folder: Path) -> None:
+def to_disk(folder: Path) -> None:
     """Return when every file and name below `folder` would outlast a power cut."""
     for place, _, names in os.walk(folder):
         for name in names:

@@ -24,7 +24,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
-from rllib_arpo.agent_weights import REGISTERED
+from rllib_arpo.agent_weights import REGISTERED, find_weights
 from rllib_arpo.agents import (
     AgentSource,
     find_agent,
@@ -168,7 +168,11 @@ def open_agent(source: AgentSource, args: ServeArgs) -> Agent:
         ConfigError: its environment cannot be made or served, or would run code of
             strangers without a sandbox.
     """
-    env = serving_env(source.settings, source.tokenizer)
+    tokenizer = source.tokenizer
+    if source.source.startswith(REGISTERED):
+        # This may be another machine than the one that looked the source up.
+        tokenizer = str(find_weights(source.source).folder)
+    env = serving_env(source.settings, tokenizer)
     require_sandboxed(env)
     return Agent(env=env, sampling=source.settings.sampling, limits=args.limits())
 

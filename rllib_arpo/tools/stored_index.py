@@ -11,7 +11,6 @@
    it, such as a copy that broke off, is built again.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from rllib_arpo.errors import DataError
+from rllib_arpo.user_cache import locked, user_cache
 
 BESIDE = ".rllib_arpo_index"
 CONTENTS_FILE = "contents.json"
@@ -46,8 +46,7 @@ def index_homes(corpus: Path, cache_folder: Path | None) -> list[Path]:
     own = f"{corpus.resolve().name}-{hashlib.sha256(place.encode()).hexdigest()[:12]}"
     if cache_folder is not None:
         return [cache_folder / own]
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [corpus / BESIDE, user / "rllib_arpo" / "index" / own]
+    return [corpus / BESIDE, user_cache("index") / own]
 
 
 def stored_index(
@@ -73,7 +72,7 @@ def stored_index(
     target = home / name
     try:
         home.mkdir(parents=True, exist_ok=True)
-        with _locked(home / f"{kind}.lock", target):
+        with locked(home / f"{kind}.lock", f"builds {target}"):
             if not _is_whole(target):
                 _build_aside(target, build)
                 _remove_unused(home, kind)
@@ -112,21 +111,6 @@ def _build_aside(target: Path, build: Callable[[Path], None]) -> None:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     logger.info("built %s in %.0f s", target, time.monotonic() - start)
-
-
-@contextmanager
-def _locked(file: Path, target: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process, whatever happens to it."""
-    with file.open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting for another process that builds %s", target)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(handle, fcntl.LOCK_UN)
 
 
 def _is_whole(folder: Path) -> bool:

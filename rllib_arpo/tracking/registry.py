@@ -11,10 +11,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from rllib_arpo.errors import ConfigError
+from rllib_arpo.tracking.fetched_models import fetched_model
 from rllib_arpo.tracking.mlflow_store import EXPERIMENT, experiment_id, open_client
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ SCHEME = "models:/"
 CHAMPION = "champion"
 # Where a registered model holds the agent's folder.
 AGENT_FOLDER = "data/agent"
+LOCAL = ("", "file")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +35,8 @@ class FetchedModel:
     """A registered model on this machine.
 
     Attributes:
-        folder: Hugging Face files, and `agent.pkl` if it was registered with it. That
-            of the store where it is local; it is not to be changed.
+        folder: Hugging Face files, and `agent.pkl` if it was registered with it. It
+            is the store's or the cache's, and not to be changed.
         version: in the registry, such as "3".
     """
 
@@ -91,7 +95,7 @@ def register_model(
 
 
 def fetch_model(uri: str) -> FetchedModel:
-    """The agent's folder of a registered model, downloaded if the store is not local.
+    """The agent's folder of a registered model; fetched if the store is not local.
 
     Args:
         uri: "models:/name@alias" or "models:/name/3", in the store that the
@@ -99,19 +103,14 @@ def fetch_model(uri: str) -> FetchedModel:
 
     Raises:
         ConfigError: it is no such URI, there is no such model, it was not registered by
-            `register_model`, or the store is away.
+            `register_model`, the store is away, or the cache cannot be written.
     """
-    from mlflow.artifacts import download_artifacts
-
     name, _ = _parse(uri)
     version = model_version(uri)
     with _store_errors(f"{uri} cannot be fetched"):
         client = open_client()
-        local = download_artifacts(
-            artifact_uri=client.get_model_version_download_uri(name, version),
-            tracking_uri=client.tracking_uri,
-        )
-    folder = Path(local) / AGENT_FOLDER
+        local = _local(client, name, version)
+    folder = local / AGENT_FOLDER
     if not folder.is_dir():
         raise ConfigError(
             f"{uri} holds no agent: register it with rllib_arpo.tracking.registry"
@@ -146,6 +145,23 @@ def _parse(uri: str) -> tuple[str, str]:
             f"{SCHEME}NAME/VERSION"
         )
     return name, alias
+
+
+def _local(client: "MlflowClient", name: str, version: str) -> Path:
+    """The files of a version: those of the store, or fetched ones."""
+    from mlflow.artifacts import download_artifacts
+
+    place = client.get_model_version_download_uri(name, version)
+    fetch = partial(download_artifacts, place, tracking_uri=client.tracking_uri)
+    if urlsplit(place).scheme in LOCAL:
+        return Path(fetch())
+    folder = fetched_model(
+        name,
+        f"{client.tracking_uri} {place}",
+        lambda folder: fetch(dst_path=str(folder)),
+    )
+    # It may be in a folder that is called as the last part of the place.
+    return next((file.parent for file in folder.rglob("MLmodel")), folder)
 
 
 def _log_model(

@@ -1,4 +1,6 @@
-"""Agents in MLflow's registry, with a sqlite file for a store."""
+"""Agents in MLflow's registry."""
+
+import shutil
 
 import pytest
 from mlflow import pyfunc, set_tracking_uri
@@ -7,7 +9,7 @@ from rllib_arpo.agents import find_agent, load_agent, save_agent
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.tracking.mlflow_model import INPUT_EXAMPLE
 from rllib_arpo.tracking.registry import fetch_model, model_version, register_model
-from tests.mlflow_server import MLFLOWS_WARNINGS
+from tests.mlflow_server import MLFLOWS_WARNINGS, MLflowServer
 
 pytestmark = MLFLOWS_WARNINGS
 
@@ -33,6 +35,29 @@ def test_a_registered_agent_comes_back_and_answers(
     finally:
         set_tracking_uri("")
     assert set(answer) == {"content", "reasoning_content", "finish_reason"}
+
+
+@pytest.mark.slow
+def test_a_servers_model_is_fetched_once_and_needs_the_store_no_more(
+    almanac_model, tmp_path, monkeypatch
+) -> None:
+    folder = shutil.copytree(almanac_model, tmp_path / "agent")
+    settings = find_agent(str(folder)).settings
+    save_agent(settings, folder)
+    server = MLflowServer(tmp_path)
+    server.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    try:
+        register_model(folder, "tiny")
+        fetched = fetch_model("models:/tiny@champion")
+        shutil.rmtree(tmp_path / "artifacts")
+        assert fetch_model("models:/tiny/1") == fetched
+    finally:
+        server.kill()
+    assert fetched.version == "1"
+    assert load_agent(fetched.folder) == settings
+    assert fetched.folder.is_relative_to(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("uri", ["models:/x", "models:/x/latest", "runs:/x/1", "x@y"])
