@@ -14,6 +14,7 @@ whole weights, and only the first gets them (see `learner.fsdp`).
 """
 
 import json
+import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ class CausalLMRLModule(TorchRLModule):
                 "Face model folder or a hub name"
             )
         self.source = str(config["model"])
+        # Changes with every `set_state`; "" while it trains what `model` holds.
+        self.restore_name = ""
         dtype = str(config.get("dtype") or "float32")
         if dtype not in DTYPES:
             raise ConfigError(
@@ -218,6 +221,7 @@ class CausalLMRLModule(TorchRLModule):
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.copy_(part_like(tensor, state[name]))
+        self.restore_name = uuid.uuid4().hex
 
     def _tensors(self) -> dict[str, Tensor]:
         """What `get_state` holds: everything, or with LoRA the adapters."""

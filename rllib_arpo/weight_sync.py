@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.core import COMPONENT_RL_MODULE
+from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.core.learner.learner_group import LearnerGroup
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
@@ -60,7 +60,8 @@ class WeightSync(Algorithm):
         def publish(learner: Any, *_: Any) -> dict[str, Any] | None:
             state = learner.engine_state(weights=through_store)
             if state is not None and remote and through_store:
-                state[COMPONENT_RL_MODULE] = ray.put(state[COMPONENT_RL_MODULE])
+                modules = state[COMPONENT_RL_MODULE]
+                modules[DEFAULT_MODULE_ID] = ray.put(modules[DEFAULT_MODULE_ID])
             return state
 
         # All are asked, since weights may be spread over them; the first one answers.

@@ -426,6 +426,25 @@ def test_a_restored_run_goes_on_as_if_it_had_never_stopped(
         restored.stop()
 
 
+def test_another_runs_checkpoint_of_the_same_iteration_reaches_all_engines(
+    almanac_model, tmp_path: Path
+) -> None:
+    config = arpo_config(almanac_model).evaluation(evaluation_num_env_runners=1)
+    with running(config.copy().training(lr=1e-2)) as other:
+        other.train()
+        folder = other.save_to_path(str(tmp_path / "checkpoint"))
+        saved = learner_weights(other)
+    with running(config) as algorithm:
+        algorithm.train()
+        algorithm.evaluate()
+        algorithm.restore_from_path(folder)
+        algorithm.evaluate()
+        runners = algorithm.env_runner_group, algorithm.eval_env_runner_group
+        for group in runners:
+            for held in group.foreach_env_runner(engine_weights):
+                assert all(same(held[name], array) for name, array in saved.items())
+
+
 def test_other_data_cannot_be_resumed_with(almanac_model, tmp_path) -> None:
     config = arpo_config(almanac_model)
     with running(config) as algorithm:

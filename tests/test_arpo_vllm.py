@@ -133,7 +133,7 @@ def test_weights_that_went_wrong_stop_training(algorithm: ARPO) -> None:
 
         def dishonest(*, weights: bool) -> dict[str, Any]:
             state = honest(weights=weights)
-            (module,) = state["rl_module"].values()
+            module = state["rl_module"]["default_policy"]
             name = next(name for name in module if "down_proj" in name)
             module[name] = np.zeros_like(module[name])
             return state

@@ -19,6 +19,9 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 3e-2}
 PROBE_LENGTH = 64
 # Key of the probe in the state that goes from a learner to the EnvRunners.
 WEIGHT_PROBE = "weight_probe"
+# Key, beside the weights, of the name of the restore after which they were trained:
+# two runs have the same versions, but not the same weights.
+WEIGHTS_RESTORE = "restore"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

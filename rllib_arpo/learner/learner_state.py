@@ -18,7 +18,7 @@ from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
-from rllib_arpo.engines.weights import WEIGHT_PROBE
+from rllib_arpo.engines.weights import WEIGHT_PROBE, WEIGHTS_RESTORE
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.learner import packing
 from rllib_arpo.learner.fsdp import is_first, shard
@@ -196,11 +196,21 @@ class LearnerState(TorchLearner):
         components: str | Collection[str] | None = None,
         *,
         not_components: str | Collection[str] | None = None,
+        inference_only: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         if self._held_state is not None:
             return self._held_state
-        state = super().get_state(components, not_components=not_components, **kwargs)
+        state = super().get_state(
+            components,
+            not_components=not_components,
+            inference_only=inference_only,
+            **kwargs,
+        )
+        if inference_only and COMPONENT_RL_MODULE in state:
+            # Here, since RLlib's own sync drops all other keys of the state.
+            name = self.language_model.restore_name
+            state[COMPONENT_RL_MODULE][WEIGHTS_RESTORE] = name
         if self._check_component(SCHEDULE, components, not_components):
             state[SCHEDULE] = {
                 "num_optimizer_steps": self.num_optimizer_steps,

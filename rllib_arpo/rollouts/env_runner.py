@@ -6,7 +6,8 @@ loop in a thread of its own, on which all paths of all trees run.
 1. The Algorithm hands it tasks; a runner has no data of its own. Without tasks (a
    user's own evaluation loop) it goes through `train_tasks` by itself.
 2. Weights are taken whenever the sequence number differs from the current one, also
-   downwards: after a restore, the older weights are the right ones.
+   downwards: after a restore, the older weights are the right ones. They are taken
+   too when the learner has restored others meanwhile, whatever their number.
 3. It grows trees in one of two ways: `sample` waits for all of them; in asynchronous
    training `start_trees` returns at once, and `finished_trees` asks what has grown.
 4. The class has no coroutine methods: with one, Ray would not keep calls in order.
@@ -42,7 +43,12 @@ from rllib_arpo.config import ARPOConfig
 from rllib_arpo.data.cursor import Cursor
 from rllib_arpo.data.sources import make_cursor
 from rllib_arpo.engines.engine import Engine, SamplingParams
-from rllib_arpo.engines.weights import WEIGHT_PROBE, WeightProbe, check_probe
+from rllib_arpo.engines.weights import (
+    WEIGHT_PROBE,
+    WEIGHTS_RESTORE,
+    WeightProbe,
+    check_probe,
+)
 from rllib_arpo.errors import ARPOError, EngineError, WeightSyncError
 from rllib_arpo.metrics import ENGINE_METRICS, WEIGHT_PROBE_ERROR
 from rllib_arpo.rollouts.branching import TreeSettings, derive_seed
@@ -67,6 +73,7 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
         self._env_creator = kwargs.get("env_creator")
         self._callbacks = [cls() for cls in _as_list(self.config.callbacks_class)]
         self._weights_seq_no = 0
+        self._weights_restore = ""
         self._name = uuid.uuid4().hex
         self._engine_meter = EngineMeter()
         self._cursor: Cursor | None = None
@@ -297,16 +304,8 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
     def set_state(self, state: dict[str, Any]) -> None:
         version = state.get(WEIGHTS_SEQ_NO, 0)
         by_arrays = self.config.weight_transfer == "object_store"
-        if (
-            by_arrays
-            and COMPONENT_RL_MODULE in state
-            and (version == 0 or version != self._weights_seq_no)
-        ):
-            weights = state[COMPONENT_RL_MODULE]
-            if isinstance(weights, ray.ObjectRef):
-                weights = ray.get(weights)
-            weights = weights.get(DEFAULT_MODULE_ID, weights)
-            self._run(self.engine.update_weights(version, weights))
+        if by_arrays and COMPONENT_RL_MODULE in state:
+            self._take_arrays(version, state[COMPONENT_RL_MODULE])
         if WEIGHTS_SEQ_NO in state:
             self._weights_seq_no = version
         if WEIGHT_PROBE in state:
@@ -317,6 +316,17 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
             self._own_tasks(0)
             assert self._cursor is not None
             self._cursor.set_state(state["task_cursor"])
+
+    def _take_arrays(self, version: int, modules: dict[str, Any]) -> None:
+        restore = modules.get(WEIGHTS_RESTORE, "")
+        in_place = (self._weights_restore, self._weights_seq_no)
+        if version != 0 and (restore, version) == in_place:
+            return
+        weights = modules[DEFAULT_MODULE_ID]
+        if isinstance(weights, ray.ObjectRef):
+            weights = ray.get(weights)
+        self._run(self.engine.update_weights(version, weights))
+        self._weights_restore = restore
 
     def _check_weights(self, probe: WeightProbe) -> None:
         scored = self._run(self.engine.score(probe.token_ids))

@@ -236,6 +236,28 @@ def test_state_written_to_a_folder_comes_back(model, tmp_path) -> None:
         assert array.tobytes() == weights(restored)[name].tobytes()
 
 
+def test_engines_are_told_of_every_restore(model, tmp_path) -> None:
+    learner = build_learner(model)
+    learner.save_to_path(str(tmp_path))
+
+    def told() -> str:
+        return learner.engine_state()["rl_module"]["restore"]
+
+    names = [told()]
+    update(learner)
+    assert names == [told()] == [""]
+    learner.set_state(learner.get_state())
+    names.append(told())
+    learner.restore_from_path(str(tmp_path))
+    names.append(told())
+    weights_alone = tmp_path / "rl_module"
+    learner.restore_from_path(str(weights_alone), component="rl_module")
+    names.append(told())
+    assert len(set(names)) == 4
+    # What is saved holds weights alone.
+    assert learner.get_state()["rl_module"].keys() == {"default_policy"}
+
+
 def test_a_checkpoint_of_another_optimizer_is_refused(model) -> None:
     state = build_learner(model, optimizer="muon").get_state()
     with pytest.raises(ConfigError, match="muon"):

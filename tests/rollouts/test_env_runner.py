@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from rllib_arpo import RolloutTree, Trajectory
 from rllib_arpo.engines.engine import SamplingParams
-from rllib_arpo.engines.weights import WEIGHT_PROBE
+from rllib_arpo.engines.weights import WEIGHT_PROBE, WEIGHTS_RESTORE
 from rllib_arpo.errors import EngineError, RewardError, WeightSyncError
 from rllib_arpo.rl_module import CausalLMRLModule
 from rllib_arpo.rollouts.branching import TreeSettings, never
@@ -132,6 +132,22 @@ def test_weights_are_taken_upwards_and_downwards_but_not_twice(runner) -> None:
         version for s in tree.segments for version in s.policy_versions.tolist()
     }
     assert versions == {4}
+
+
+def test_weights_of_another_restore_are_taken_whatever_their_version(runner) -> None:
+    base = engine_weights(runner)
+    one = {name: array + 1 for name, array in base.items()}
+    two = {name: array + 2 for name, array in base.items()}
+    for restore, weights, held in [
+        ("a", one, one),
+        ("a", two, one),  # nothing is to be loaded
+        ("b", two, two),  # another run's weights, of the same iteration
+        ("", base, base),
+    ]:
+        sent = state(weights, 9)
+        sent[COMPONENT_RL_MODULE][WEIGHTS_RESTORE] = restore
+        runner.set_state(sent)
+        assert same(engine_weights(runner), held)
 
 
 def test_weights_that_do_not_fit_are_refused(runner) -> None:
