@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import ray
 from ray import serve
@@ -26,21 +26,22 @@ def running_app(app: Application, *, name: str, host: str, port: int) -> Iterato
         port: of TCP.
 
     Raises:
-        ConfigError: Serve runs there already, and listens elsewhere.
+        ConfigError: Serve runs there already, and listens elsewhere or has an
+            application of that name.
     """
     # Importing Serve configures its logger.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     had_serve = serve_runs()
-    try:
+    with ExitStack() as started:
+        if not had_serve:
+            started.callback(serve.shutdown)
         serve.start(http_options={"host": host, "port": port})
         _refuse_other_address(host, port)
+        _refuse_taken(name)
+        if had_serve:
+            started.callback(serve.delete, name)
         serve.run(app, name=name, route_prefix="/")
         yield
-    finally:
-        if had_serve:
-            serve.delete(name)
-        else:
-            serve.shutdown()
 
 
 def serve_runs() -> bool:
@@ -50,6 +51,16 @@ def serve_runs() -> bool:
     except ValueError:
         return False
     return True
+
+
+def _refuse_taken(name: str) -> None:
+    # Serve would replace it, and it would go when the command ends.
+    if name in serve.status().applications:
+        raise ConfigError(
+            f"Serve on this Ray has an application {name!r} already: give it other "
+            "weights by POST /admin/reload, or end it first, with `serve delete "
+            f"{name}` or where it was started"
+        )
 
 
 def _refuse_other_address(host: str, port: int) -> None:

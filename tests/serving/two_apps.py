@@ -40,6 +40,14 @@ def main() -> None:
             raise AssertionError("it was started")
     except ConfigError as error:
         assert f"--port {port}" in str(error), error
+    # Both refusals leave an application of that name alone, too.
+    for at in (port, other_port):
+        try:
+            with running_app(mine, name="other", host="127.0.0.1", port=at):
+                raise AssertionError("it was started")
+        except ConfigError as error:
+            assert "other" in str(error) or f"--port {port}" in str(error), error
+        assert httpx2.get(f"{url}/other").text == "other"
     with running_app(mine, name="mine", host="127.0.0.1", port=port):
         assert httpx2.get(url).text == "mine"
         assert httpx2.get(f"{url}/other").text == "other"
