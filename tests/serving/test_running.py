@@ -1,4 +1,4 @@
-"""Applications beside ours on the same Serve."""
+"""Applications on a Serve with others, each in a process of its own."""
 
 import os
 import subprocess
@@ -12,9 +12,10 @@ LIMIT_S = 240
 
 
 @pytest.mark.slow
-def test_other_applications_of_a_serve_that_runs_stay_as_they_are() -> None:
+@pytest.mark.parametrize("script", ["two_apps.py", "declared_apps.py"])
+def test_other_applications_of_a_serve_that_runs_stay_as_they_are(script: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "serving" / "two_apps.py")],
+        [sys.executable, str(ROOT / "tests" / "serving" / script)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
