@@ -17,6 +17,7 @@ started anew begins with what the alias means by then.
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,8 @@ AGENT = "agent"
 MANAGER = "manager"
 # Key of `user_config`: what the alias of the model's source meant, such as "3".
 ALIAS = "alias"
+# Longest time until weights that could not be loaded are tried again.
+MAX_DELAY_S = 600.0
 # Between two looks whether the engines follow the controller.
 LOOK_S = 0.05
 TAKE_OVER_TIMEOUT_S = 120.0
@@ -62,6 +65,34 @@ class ManagedModel:
     source: str
     version: str
     deployment: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Tries:
+    """When weights that could not be loaded are tried again: ever more rarely.
+
+    Attributes:
+        first_s: seconds to the second try; the later ones take twice as long each, and
+            at most `MAX_DELAY_S`.
+        version: that could not be loaded; another one is tried at once.
+        delay_s: between the last try and the next.
+        again_s: time of the next.
+    """
+
+    first_s: float
+    version: str = ""
+    delay_s: float = 0.0
+    again_s: float = 0.0
+
+    def may_try(self, version: str, now_s: float) -> bool:
+        """Whether it is time."""
+        return version != self.version or now_s >= self.again_s
+
+    def failed(self, version: str, now_s: float) -> None:
+        """It could not be loaded, again."""
+        again = version == self.version
+        self.delay_s = min(2 * self.delay_s, MAX_DELAY_S) if again else self.first_s
+        self.version, self.again_s = version, now_s + self.delay_s
 
 
 class Manager:
@@ -106,21 +137,35 @@ class Manager:
 
         Args:
             model: None for all.
-            checkpoint: a source, see `find_weights`; None for the model's own, which
-                leads to newer weights than before if it is a run or an alias.
+            checkpoint: a source, see `find_weights`, of one model; None for the model's
+                own, which leads to newer weights than before if it is a run or an
+                alias.
 
         Returns:
             Model -> version.
 
         Raises:
-            ConfigError, CheckpointError: there are no such weights, or they belong to
-                another tokenizer; nothing changed.
+            ConfigError, CheckpointError: there are no such weights, they belong to
+                another tokenizer, or to which of several models is not said; nothing
+                changed.
             EngineError: an engine does not start with them; nothing changed.
             EngineLostError: a replica is gone; ask again.
         """
         names = list(self._models) if model is None else [model]
+        if checkpoint is not None and len(names) > 1:
+            raise ConfigError(f"`model` must say for which of {names} it is")
         async with self._lock:
-            return {name: await self._reload(name, checkpoint) for name in names}
+            configs = {name: await self._prepare(name, checkpoint) for name in names}
+            deployments = {
+                self._models[name].deployment: config
+                for name, config in configs.items()
+            }
+            await asyncio.to_thread(set_user_config, self._app, deployments)
+            versions = {name: config["version"] for name, config in configs.items()}
+            for name, version in versions.items():
+                await self._taken_over(name, version)
+                logger.info("model %s has version %s of the weights", name, version)
+            return versions
 
     async def expositions(self) -> dict[str, str]:
         """Replica -> its numbers, in Prometheus' text format, of agents and engines."""
@@ -131,7 +176,8 @@ class Manager:
                 texts[f"{name}/{number}"] = engine_exposition(name, numbers)
         return texts
 
-    async def _reload(self, name: str, checkpoint: str | None) -> str:
+    async def _prepare(self, name: str, checkpoint: str | None) -> dict[str, str]:
+        """What `user_config` becomes; all replicas have loaded the weights."""
         model = self._models[name]
         # Before the weights: if the alias moves meanwhile, the next look loads again.
         alias = (
@@ -143,11 +189,7 @@ class Manager:
         await self._refuse_other_vocabulary(name, weights)
         engine = ServeEngine(self._engines[name])
         version = await engine.prepare(weights.source, weights.version)
-        config = {"source": weights.source, "version": version, **alias}
-        await asyncio.to_thread(set_user_config, self._app, {model.deployment: config})
-        await self._taken_over(name, version)
-        logger.info("model %s has version %s of the weights", name, version)
-        return version
+        return {"source": weights.source, "version": version, **alias}
 
     async def _user_config(self, name: str) -> Mapping[str, str]:
         deployment = self._models[name].deployment
@@ -210,16 +252,17 @@ class Manager:
 
     async def _follow(self, name: str, poll_s: float) -> None:
         """Reload whenever the source means another version of a registered model."""
-        from rllib_arpo.tracking.registry import model_version
-
-        source = self._models[name].source
+        tries = Tries(first_s=poll_s)
         while True:
             await asyncio.sleep(poll_s)
+            version = ""
             try:
-                version = await asyncio.to_thread(model_version, source)
-                if version != await self._held_version(name):
+                version = await self._alias_version(name)
+                held = await self._held_version(name)
+                if version != held and tries.may_try(version, time.monotonic()):
                     await self.reload(name)
-            except Exception as error:  # boundary: the next look may go well
+            except Exception as error:  # boundary: a later look may go well
+                tries.failed(version, time.monotonic())
                 logger.warning("%s keeps its weights: %s", name, error)
 
 

@@ -91,6 +91,12 @@ def operator_routes(server: HttpServer) -> APIRouter:
                 f"there is no model {body.model!r}; there is {server.service.models()}",
                 param="model",
             )
+        if body.model is None and body.checkpoint and len(server.service.models()) > 1:
+            raise InvalidRequestError(
+                f"`model` must say for which of {server.service.models()} the "
+                "checkpoint is",
+                param="model",
+            )
         try:
             versions = await server.reload(body.model, body.checkpoint)
         except (ConfigError, CheckpointError, DataError) as error:
