@@ -219,6 +219,9 @@ class _Run:
         if done.tool_call is not None:
             result = done.tool_result or ""
             shown = result if done.tool_call.status == "ok" else scrub(result)
+            if shown != result:
+                # The model could repeat what it reads.
+                result_ids = self._result_ids(shown)
             report = replace(report, tool_call=done.tool_call, tool_result=shown)
             events.append(
                 ToolFinished(turn=self.num_turns, call=done.tool_call, result=shown)
@@ -230,6 +233,14 @@ class _Run:
         else:
             self.token_ids = np.concatenate([self.token_ids, ids, result_ids])
         return events
+
+    def _result_ids(self, text: str) -> NDArray[np.int32]:
+        """What the model reads of a call in place of what the environment gave it."""
+        return self.question.dialogue.result_ids(
+            text,
+            self.env.max_result_tokens,
+            turn_ended=self.sampler.turn.reader.ended_by_token,
+        ).ids
 
     def finish(self, found: str | None, reason: AnswerReason, end: str) -> None:
         """The answer is over."""

@@ -341,6 +341,15 @@ def test_errors_of_tools_are_shown_without_what_they_tell_of_the_server():
     assert report.tool_result == shown.result
 
 
+def test_the_model_reads_no_more_of_a_failed_call_than_clients():
+    env = make_env(FakeTool(ToolError("cannot open /home/ada/keys/secret.txt")))
+    engine = ScriptedEngine(ByPlace(env, TURNS))
+    run_virtual(events_of(env, InProcessEngine(engine)))
+    read = env.dialogue.decode(engine.requests[1].prompt_token_ids)[0]
+    assert "Error: cannot open [removed]" in read
+    assert "ada" not in read
+
+
 def test_an_unexpected_exception_of_a_tool_shows_its_type_alone():
     env = make_env(FakeTool(RuntimeError("/home/ada/x.py broke")))
     events = run(env, TURNS)
