@@ -14,6 +14,7 @@ It holds one engine for each version of the weights that is in use:
 """
 
 import asyncio
+import functools
 import logging
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -39,6 +40,9 @@ logger = logging.getLogger(__name__)
 # Turns lost one after another that make a replica unhealthy: a single one may have
 # met a lack of memory.
 MAX_LOST_TURNS = 3
+# vLLM takes all memory by default; two engines are there while weights change.
+SHARE, VLLM_SHARE = "gpu_memory_utilization", 0.45
+SHARES = {SHARE, "kv_cache_memory_bytes"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,13 +127,20 @@ async def open_engine(settings: EngineSettings, folder: Path) -> Engine:
         )
     from rllib_arpo.engines.vllm_engine import VLLMEngine
 
-    logs = Path(tempfile.mkdtemp(prefix="rllib_arpo_"))
+    memory = {} if SHARES & settings.engine_kwargs.keys() else {SHARE: VLLM_SHARE}
     return await VLLMEngine.start(
         str(folder),
         dtype=settings.dtype,
-        log_file=logs / "vllm.log",
+        log_file=_vllm_log(),
+        **memory,
         **settings.engine_kwargs,
     )
+
+
+@functools.cache
+def _vllm_log() -> Path:
+    """To which all engines of this process append; it outlasts them."""
+    return Path(tempfile.mkdtemp(prefix="rllib_arpo_")) / "vllm.log"
 
 
 class EngineReplica:
