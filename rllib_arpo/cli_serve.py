@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from rllib_arpo.cli_options import Cache, Corpus, Search, SearchEndpoint
+from rllib_arpo.imports import from_extra
 from rllib_arpo.serving.http_settings import MAX_IN_ALL
 
 
@@ -60,12 +61,18 @@ def serve(
     max_tokens: Annotated[
         int | None, typer.Option(help="Most tokens of an answer.", min=1)
     ] = None,
+    max_body_bytes: Annotated[
+        int, typer.Option(help="Longest body of a request.", min=1)
+    ] = 1024 * 1024,
+    max_messages: Annotated[
+        int, typer.Option(help="Most messages of a conversation.", min=1)
+    ] = 256,
     max_concurrent: Annotated[
-        int, typer.Option(help="Requests of one key at once.", min=1)
+        int, typer.Option(help="Answers to one key at once.", min=1)
     ] = 256,
     max_in_all: Annotated[
         int,
-        typer.Option(help="Requests at once of an agent.", min=1, max=MAX_IN_ALL),
+        typer.Option(help="Answers at once of an agent.", min=1, max=MAX_IN_ALL),
     ] = MAX_IN_ALL,
     corpus: Corpus = None,
     search: Search = None,
@@ -95,7 +102,8 @@ def serve(
     max_result_tokens: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
     """Serve agents: OpenAI's chat API, and a page to try them."""
-    from rllib_arpo.cli_serving import serve_command, traced_store
+    with from_extra("serve", what="`rllib-arpo serve`"):
+        from rllib_arpo.cli_serving import serve_command, traced_store
 
     def text(path: Path | None) -> str | None:
         return None if path is None else str(path.absolute())
@@ -116,6 +124,8 @@ def serve(
             "max_agents": max_agents or agents,
             "max_request_s": max_request_s,
             "max_tokens": max_tokens,
+            "max_body_bytes": max_body_bytes,
+            "max_messages": max_messages,
             "max_concurrent": max_concurrent,
             "max_in_all": max_in_all,
             "upscale_delay_s": upscale_delay_s,

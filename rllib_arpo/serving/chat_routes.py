@@ -5,7 +5,12 @@ from starlette.responses import Response
 
 from rllib_arpo.serving.http_server import CHAT_ERRORS, READ_ERRORS, HttpServer, errors
 from rllib_arpo.serving.json_body import JsonRoute
-from rllib_arpo.serving.limits import CHAT_PATH, wall_time, within_limits
+from rllib_arpo.serving.limits import (
+    CHAT_PATH,
+    count_answers,
+    wall_time,
+    within_limits,
+)
 from rllib_arpo.serving.openai_api import (
     ChatCompletion,
     ChatCompletionRequest,
@@ -36,6 +41,7 @@ def chat_routes(server: HttpServer) -> APIRouter:
     ) -> Response:
         """Go on with a conversation; with `stream` as server-sent events."""
         body = within_limits(body, settings)
+        count_answers(request.scope, body.n or 1)
         if body.stream:
             chunks = metrics.watch(server.service.stream(body))
             return EventStream(chunks, max_s=settings.max_request_s, pace=pace)

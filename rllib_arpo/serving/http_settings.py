@@ -23,18 +23,20 @@ class HttpSettings:
             any only clients of this machine are answered.
         admin_key_hash: of the key for `POST /admin/reload`, which is off without it.
         max_body_bytes: longest body of a request.
+        max_body_s: seconds until all of it must be there.
         max_messages: most messages of a conversation.
         max_tokens: most tokens of an answer, whatever the request says; None leaves it
             to the agent.
         max_request_s: seconds after which an answer is given up.
-        max_concurrent: requests of one key that are answered at once; clients without a
+        max_concurrent: answers to one key at once, `n` to a request; clients without a
             key count as one.
-        max_in_all: requests that are answered at once, whoever asks.
+        max_in_all: answers at once, whoever asks.
     """
 
     api_key_hashes: tuple[str, ...] = ()
     admin_key_hash: str | None = None
     max_body_bytes: int = 1024 * 1024
+    max_body_s: float = 30.0
     max_messages: int = 256
     max_tokens: int | None = None
     max_request_s: float = 600.0
@@ -44,6 +46,7 @@ class HttpSettings:
     def __post_init__(self) -> None:
         for name in (
             "max_body_bytes",
+            "max_body_s",
             "max_messages",
             "max_request_s",
             "max_concurrent",

@@ -28,9 +28,12 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def handler(request: Request) -> Response:
+            strict = _StrictRequest(request.scope, request.receive)
             if self.body_field is not None:
                 _check_content_type(request)
-            return await handle(_StrictRequest(request.scope, request.receive))
+                # FastAPI would hide why it cannot be read.
+                await strict.body()
+            return await handle(strict)
 
         return handler
 

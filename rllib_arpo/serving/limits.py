@@ -19,19 +19,24 @@ from rllib_arpo.serving.http_settings import HttpSettings
 from rllib_arpo.serving.openai_api import ChatCompletionRequest, InvalidRequestError
 
 CHAT_PATH = "/v1/chat/completions"
+# In the scope of a chat request: takes further answers.
+TAKE = "rllib_arpo.take"
 
 
 class BodyLimit:
-    """ASGI middleware: takes the body in whole, and refuses one that is too long.
+    """ASGI middleware: a body comes in whole, soon and not too long, or is refused.
+
+    Nothing is read for an app that does not ask for it.
 
     Raises:
-        HttpError: 413.
+        HttpError: 413, or 408 if the rest of it does not come.
         ClientGoneError: the client hung up before its body was there.
     """
 
     def __init__(self, app: ASGIApp, settings: HttpSettings) -> None:
         self._app = app
         self._max_bytes = settings.max_body_bytes
+        self._max_s = settings.max_body_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -41,20 +46,29 @@ class BodyLimit:
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self._max_bytes:
             raise self._too_long()
-        body: Message | None = {
-            "type": "http.request",
-            "body": await self._read(receive),
-            "more_body": False,
-        }
+        was_read = False
 
-        async def replay() -> Message:
-            nonlocal body
-            if body is None:
+        async def whole() -> Message:
+            nonlocal was_read
+            if was_read:
                 return await receive()
-            message, body = body, None
-            return message
+            was_read = True
+            body = await self._in_time(receive)
+            return {"type": "http.request", "body": body, "more_body": False}
 
-        await self._app(scope, replay, send)
+        await self._app(scope, whole, send)
+
+    async def _in_time(self, receive: Receive) -> bytes:
+        try:
+            async with asyncio.timeout(self._max_s):
+                return await self._read(receive)
+        except TimeoutError as error:
+            raise HttpError(
+                408,
+                f"the body was not there after {self._max_s:g} s, the most that this "
+                "server waits",
+                code="body_too_slow",
+            ) from error
 
     async def _read(self, receive: Receive) -> bytes:
         pieces = bytearray()
@@ -79,7 +93,9 @@ class BodyLimit:
 
 
 class ConcurrencyLimit:
-    """ASGI middleware: so many chat requests of one key, and of all, at once.
+    """ASGI middleware: so many answers to one key, and to all, at once.
+
+    A request counts as one until `count_answers` tells that it wants more.
 
     Raises:
         HttpError: 429, or 503 if there are too many of all keys, with the time after
@@ -97,28 +113,46 @@ class ConcurrencyLimit:
         if scope["type"] != "http" or route_path(scope) != CHAT_PATH:
             await self._app(scope, receive, send)
             return
-        client = scope[CLIENT]
-        if self._running[client] >= self._most:
+        client, taken = scope[CLIENT], 0
+
+        def take(number: int) -> None:
+            nonlocal taken
+            self._refuse_too_many(client, number)
+            self._running[client] += number
+            taken += number
+
+        take(1)
+        try:
+            await self._app({**scope, TAKE: take}, receive, send)
+        finally:
+            self._running[client] -= taken
+
+    def _refuse_too_many(self, client: str, number: int) -> None:
+        if self._running[client] + number > self._most:
             raise HttpError(
                 429,
-                f"{self._most} requests of this key are being answered, the most at "
-                "once; try again later",
+                f"this key may have {self._most} answers at once, and that would be "
+                "more; try again later",
                 code="too_many_requests",
                 headers={"Retry-After": RETRY_S},
             )
-        if self._running.total() >= self._most_in_all:
+        if self._running.total() + number > self._most_in_all:
             raise HttpError(
                 503,
-                f"{self._most_in_all} requests are being answered, the most at once; "
-                "try again later",
+                f"this server writes {self._most_in_all} answers at once, and that "
+                "would be more; try again later",
                 code="overloaded",
                 headers={"Retry-After": RETRY_S},
             )
-        self._running[client] += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._running[client] -= 1
+
+
+def count_answers(scope: Scope, number: int) -> None:
+    """Let a request of `ConcurrencyLimit` count as so many answers, until it ends.
+
+    Raises:
+        HttpError: as there.
+    """
+    scope[TAKE](number - 1)
 
 
 def within_limits(
@@ -135,6 +169,13 @@ def within_limits(
             f"{settings.max_messages}: leave out the oldest",
             param="messages",
             code="too_many_messages",
+        )
+    most = min(settings.max_concurrent, settings.max_in_all)
+    if (request.n or 1) > most:
+        raise InvalidRequestError(
+            f"`n` ({request.n}) must be <= {most} on this server",
+            param="n",
+            code="too_many_answers",
         )
     if settings.max_tokens is None:
         return request

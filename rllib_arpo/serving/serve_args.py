@@ -99,6 +99,7 @@ class ServeArgs(BaseModel):
     )
     admin_key_hash: str | None = None
     max_body_bytes: PositiveInt = 1024 * 1024
+    max_body_s: PositiveFloat = 30.0
     max_messages: PositiveInt = 256
     max_tokens: PositiveInt | None = None
     max_request_s: PositiveFloat = 600.0
@@ -154,6 +155,7 @@ class ServeArgs(BaseModel):
             api_key_hashes=self.api_key_hashes or api_keys,
             admin_key_hash=self.admin_key_hash or admin_key,
             max_body_bytes=self.max_body_bytes,
+            max_body_s=self.max_body_s,
             max_messages=self.max_messages,
             max_tokens=self.max_tokens,
             max_request_s=self.max_request_s,

@@ -21,8 +21,9 @@ from rllib_arpo.serving.openai_api import (
 )
 from rllib_arpo.serving.replies import ChunkWriter, collect, total_usage
 
-# Encoding a longer conversation would hold up the other answers.
-LONG_CONVERSATION_CHARS = 20_000
+# Reading a longer request, tools and earlier turns included, would hold up the other
+# answers.
+LONG_REQUEST_CHARS = 20_000
 # Events that a slow client may be behind of an answer before the answer waits for it.
 MAX_WAITING_EVENTS = 64
 
@@ -139,8 +140,8 @@ class ChatService:
             )
         agent, engine = self._agents[request.model]
         task_id = f"chatcmpl-{uuid.uuid4().hex}"
-        size = sum(len(str(message.content)) for message in request.messages)
-        if size > LONG_CONVERSATION_CHARS:
+        size = len(request.model_dump_json(exclude_unset=True))
+        if size > LONG_REQUEST_CHARS:
             question = await asyncio.to_thread(
                 read_question, request, agent.env, task_id=task_id
             )

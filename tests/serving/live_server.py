@@ -4,8 +4,9 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import AsyncIterator
-from typing import Any, Self
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, Self
 
 import httpx2
 import numpy as np
@@ -66,6 +67,19 @@ class LiveServer:
         connection = socket.create_connection(("127.0.0.1", self.port), PATIENCE_S)
         connection.sendall(head.encode() + body)
         return connection
+
+    @contextmanager
+    def head(self, line: str, *, length: int) -> Iterator[BinaryIO]:
+        """The answer to a request whose body of `length` bytes does not come."""
+        head = (
+            f"{line} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}"
+            "\r\nContent-Type: application/json\r\n\r\n"
+        )
+        address = ("127.0.0.1", self.port)
+        with socket.create_connection(address, PATIENCE_S) as connection:
+            connection.sendall(head.encode())
+            with connection.makefile("rb") as answer:
+                yield answer
 
 
 def ask(**fields: Any) -> dict[str, Any]:

@@ -186,6 +186,16 @@ def test_a_body_without_length_is_measured_while_it_arrives(server: LiveServer):
     assert answer.status_code == 413
 
 
+def test_a_body_that_does_not_come_is_not_waited_for():
+    with serve(answering(), HttpSettings(max_body_s=0.2)) as live:
+        with live.head(f"POST {CHAT}", length=1000) as chat:
+            assert chat.readline().split()[1] == b"408"
+        # What takes no body is answered at once.
+        for line in ("GET /health", "GET /"):
+            with live.head(line, length=1000) as answer:
+                assert answer.readline().split()[1] == b"200"
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [("GET", CHAT, 405), ("PUT", "/v1/models", 405), ("GET", "/v1/nothing", 404)],
@@ -343,6 +353,20 @@ def test_a_key_has_so_many_requests_at_once_and_leaves_others_alone():
         assert engine.closed.wait(PATIENCE_S)
 
 
+def test_every_answer_to_a_request_counts():
+    settings = HttpSettings(max_concurrent=3)
+    engine = EndlessEngine()
+    with serve(engine.service(), settings) as live:
+        wrong = live.client.post(CHAT, json=ask(n=4))
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "n")
+        fields = ask(stream=True, n=2)
+        with live.client.stream("POST", CHAT, json=fields) as answer:
+            lines = answer.iter_lines()  # the client hangs up when it is dropped
+            assert next(lines).startswith("data: ")
+            assert live.client.post(CHAT, json=ask(n=2)).status_code == 429
+        assert engine.closed.wait(PATIENCE_S)
+
+
 def test_all_keys_together_have_so_many_requests_at_once():
     settings = HttpSettings(
         api_key_hashes=(hash_key("one"), hash_key("two")), max_in_all=1
@@ -382,6 +406,20 @@ def test_the_admin_s_key_loads_other_weights():
         unknown = live.client.post(path, json={"model": "x"}, headers=ADMIN)
         assert unknown.status_code == 404
         assert live.client.post(path, json={}).status_code == 401
+
+
+def test_a_checkpoint_for_one_of_several_models_needs_its_name():
+    chat = answering()
+    several = ChatService(chat._agents | {"n": chat._agents["m"]})
+    settings = HttpSettings(admin_key_hash=hash_key("admin"))
+    with serve(several, settings, reload=reload) as live:
+        path = "/admin/reload"
+        refused = live.client.post(path, json={"checkpoint": "c"}, headers=ADMIN)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "model"
+        fields = {"checkpoint": "c", "model": "n"}
+        loaded = live.client.post(path, json=fields, headers=ADMIN)
+        assert loaded.json() == {"models": {"n": "version of c"}}
 
 
 def test_reload_is_off_without_an_admin_key():

@@ -39,6 +39,12 @@ from tests.serving.served import (
     until,
 )
 
+WITHOUT = """
+import sys
+sys.modules[sys.argv.pop(1)] = None
+from rllib_arpo.cli import main
+main()
+"""
 EXAMPLES = ROOT / "tuned_examples" / "serving"
 
 
@@ -71,6 +77,24 @@ def test_a_checkpoint_that_is_not_there_is_named(
 ) -> None:
     words = ["runs/nowhere", "--port", str(*free_ports(1))]
     assert "runs/nowhere" in error_of(words, monkeypatch)
+
+
+# The one is imported for the flags, the other for the application.
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["starlette", "msgpack"])
+def test_the_extra_to_install_is_named(package: str) -> None:
+    words = ["serve", "runs/nowhere", "--port", str(*free_ports(1))]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, package, *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"Error: `rllib-arpo serve` needs the package {package}: "
+        'pip install "rllib_arpo[serve]"\n'
+    )
 
 
 @pytest.mark.parametrize(
