@@ -17,7 +17,9 @@ from rllib_arpo.tree import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-MAX_CACHED_PROMPTS = 1024
+# Of all cached prompts together, and of one: others are encoded whenever they come.
+MAX_CACHED_TOKENS = 2**20
+MAX_CACHED_PROMPT = 2**14
 SPECIAL_ENDS = (
     "<|im_end|>",
     "<|endoftext|>",
@@ -56,6 +58,7 @@ class DialogueTokens:
             self.ends.add(tokenizer.eos_token_id)
         self._special = any_of(self.special)
         self._prompts: dict[tuple[Message, ...], NDArray[np.int32]] = {}
+        self._num_cached = 0
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; tags and special tokens in it become the real ones."""
@@ -88,13 +91,18 @@ class DialogueTokens:
             template: variables of the chat template, the same in every call.
         """
         key = tuple(messages)
-        if key not in self._prompts:
-            if len(self._prompts) >= MAX_CACHED_PROMPTS:
+        ids = self._prompts.get(key)
+        if ids is not None:
+            return ids
+        ids = np.array(self._encode_prompt(key, template), np.int32)
+        ids.setflags(write=False)
+        if len(ids) <= MAX_CACHED_PROMPT:
+            if self._num_cached + len(ids) > MAX_CACHED_TOKENS:
                 self._prompts.clear()
-            ids = np.array(self._encode_prompt(key, template), np.int32)
-            ids.setflags(write=False)
+                self._num_cached = 0
             self._prompts[key] = ids
-        return self._prompts[key]
+            self._num_cached += len(ids)
+        return ids
 
     def render(
         self, messages: Sequence[dict[str, Any]], *, to_model: bool, **template: Any
