@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from rllib_arpo.cli_runs import started_ray
 from rllib_arpo.errors import ConfigError
+from rllib_arpo.imports import from_extra
 from rllib_arpo.serving.access import (
     ADMIN_KEY_VARIABLE,
     API_KEYS_VARIABLE,
@@ -51,7 +52,8 @@ def serve_command(
         settings: further ones of `ServeArgs`.
 
     Raises:
-        ConfigError: a flag, key or checkpoint cannot work, or the port is in use.
+        ConfigError: a flag, key or checkpoint cannot work, the port is in use, or a
+            package of the extra `serve` is not installed.
         CheckpointError: a checkpoint is not whole.
         DataError: a corpus cannot be read.
     """
@@ -60,8 +62,9 @@ def serve_command(
     refuse_used_port(host, port)
 
     with haproxy_where_possible(args.max_request_s):
-        from rllib_arpo.serving.app import bind_app, find_agents, open_agent
-        from rllib_arpo.serving.running import running_app
+        with from_extra("serve", what="`rllib-arpo serve`"):
+            from rllib_arpo.serving.app import bind_app, find_agents, open_agent
+            from rllib_arpo.serving.running import running_app
 
         agents = find_agents(args)
         for source in agents.values():

@@ -140,7 +140,7 @@ def _hub_rows(source: HubFile) -> Iterator[Any]:
     except ImportError as error:
         raise ConfigError(
             f"{source} is a data set of the Hugging Face Hub, and reading it needs the "
-            "package datasets: `pip install datasets`, or give a file"
+            'package datasets: pip install "rllib_arpo[hub]", or give a file'
         ) from error
     try:
         yield from datasets.load_dataset(source.repo, source.config, split=source.split)

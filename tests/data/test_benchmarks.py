@@ -1,6 +1,7 @@
 import base64
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -349,6 +350,12 @@ def test_a_data_set_that_the_hub_does_not_give_is_refused(tmp_path, monkeypatch)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match=r"cannot load nobody/nothing::test from the"):
+        load_benchmark("hle", HubFile(repo="nobody/nothing"))
+
+
+def test_the_extra_that_reads_the_hub_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r'pip install "rllib_arpo\[hub\]"'):
         load_benchmark("hle", HubFile(repo="nobody/nothing"))
 
 
