@@ -2,7 +2,9 @@ r"""Whether two mathematical answers are equal, by value.
 
 1. Equal texts, plain numbers, units, number bases, words and labelled choices
    ("C. 20 mph") are compared here, in well under a millisecond.
-2. Whatever is left goes to math-verify in a worker process that can be killed,
+2. A gold answer that is a plain number is answered by a number as one writes it
+   down, which the question's own expression is not: 48+24 is wrong for 72.
+3. Whatever is left goes to math-verify in a worker process that can be killed,
    because SymPy may run for ever and its own timeout needs the main thread.
 
 math-verify alone takes `seat` for `east` (a product of letters), 52_8 for 52_9,
@@ -10,11 +12,19 @@ math-verify alone takes `seat` for `east` (a product of letters), 52_8 for 52_9,
 """
 
 import re
+from fractions import Fraction
 
 from rllib_arpo.rewards.choices import choice, same_choice
 from rllib_arpo.rewards.latex import is_balanced, is_simple, tidy
 from rllib_arpo.rewards.math_worker import can_parse, symbolic_equal
-from rllib_arpo.rewards.quantities import measures, number, same_measure, split_unit
+from rllib_arpo.rewards.quantities import (
+    UNITS,
+    Measure,
+    measures,
+    number,
+    same_measure,
+    split_unit,
+)
 
 MAX_CHARS = 500  # no final answer is longer; parsing time grows faster than length
 
@@ -27,6 +37,21 @@ _TWO_NUMBERS = re.compile(r"\d \d")
 _BASED = re.compile(r"(\w+)_\{?(\d+)\}?")
 _LABELLED = re.compile(r"\(?[A-H]\)?[.:)] *\S.*")
 _LETTER = re.compile(r"[A-H]")
+
+# x= · x_{1}= · P(A)= · a+b= · \angle ABC= ; no digits but as index and argument
+_NAME = re.compile(
+    r"(?=[^=]*[a-zA-Z])(?:[a-zA-Z\\{}|' +-]|_\w|_\{\w+\}|\([^()=]*\))+=[ ]?"
+)
+# (18) · {18}, but not the one of 5(18) or \frac{18}
+_LONE_BRACKETS = re.compile(r"(?<![\w\\)}\]])[({]([-+]?[\d.,]+)[)}]")
+_BRACKETS = re.compile(r"([-+]?)(?:[(\[]|\\?\{)(.+?)(?:[)\]]|\\?\})")
+_WHOLE = r"\d{1,3}(?:,\d{3})+|\d+"
+_QUOTIENT = re.compile(
+    rf"(?P<sign>[-+]?)(?:\\frac\{{(?P<top>[-+]?(?:{_WHOLE}))\}}"
+    rf"\{{(?P<bottom>[-+]?(?:{_WHOLE}))\}}"
+    rf"|(?P<top2>{_WHOLE})(?:[/:]| ?\\div ?)(?P<bottom2>[-+]?(?:{_WHOLE})))"
+)
+_POWER_OF_TEN = re.compile(r"([-+]?)10\^\{?([-+]?\d{1,2})\}?")
 
 
 def math_equal(answer: str, gold: str, timeout_s: float = 2.0) -> bool:
@@ -49,6 +74,8 @@ def math_equal(answer: str, gold: str, timeout_s: float = 2.0) -> bool:
         return math_equal(answer, option.text, timeout_s)
     if _is_prose(left) or _is_prose(right):
         return left.casefold() == right.casefold()
+    if number(split_unit(right).amount) is not None:
+        return _same_number(left, right)
     given, expected = measures(left, right)
     same = same_measure(given, expected)
     if same is not None:
@@ -62,6 +89,56 @@ def math_equal(answer: str, gold: str, timeout_s: float = 2.0) -> bool:
     if _problem(left) or _problem(right) or _set_and_tuple(left, right):
         return False
     return symbolic_equal(left, right, timeout_s)
+
+
+def _same_number(answer: str, gold: str) -> bool:
+    """Whether an answer is a number as one writes it down, and equals the gold one.
+
+    It may have a name (x=5), a unit and brackets. A percentage is also the share that
+    it means, but no count: 50% is 0.5, and 1800% is not 18.
+    """
+    name = _NAME.match(answer)
+    if name is not None:
+        if _problem(name[0]) is not None:
+            return False
+        answer = answer[name.end() :]
+    if not is_balanced(answer):
+        return False
+    given, expected = measures(_plain(answer), gold)
+    if given.unit is None:  # 18^\circ\text{F} has two
+        given = split_unit(given.amount)
+    value = number(expected.amount)
+    is_count = value is not None and value.denominator == 1 and abs(value) > 1
+    if is_count and expected.unit is None and given.unit == UNITS["percent"]:
+        given = Measure(given.amount)
+    return same_measure(Measure(_plain(given.amount), given.unit), expected) is True
+
+
+def _plain(text: str) -> str:
+    r"""A written number as `number` reads it; other texts keep what they say.
+
+    Without brackets, 1{,}000 as 1,000, 10^{3} as 1e3, 18_{10} as 18, and 1:2, (1)/(2)
+    or \frac{1}{-2} as a fraction.
+    """
+    text = _LONE_BRACKETS.sub(r"\1", text.replace("{,}", ","))
+    inner = _BRACKETS.fullmatch(text)
+    if inner is not None:
+        text = inner[1] + inner[2]
+    text = re.sub(r"(?<=\d)_(?:10|\{10\})$", "", text)
+    power = _POWER_OF_TEN.fullmatch(text)
+    if power is not None:
+        return f"{power[1]}1e{power[2]}"
+    match = _QUOTIENT.fullmatch(text)
+    if match is None or number(text) is not None:
+        return text
+    top, bottom = (
+        int((match[name] or match[name + "2"]).replace(",", ""))
+        for name in ("top", "bottom")
+    )
+    if bottom == 0:
+        return text
+    value = Fraction(top, bottom)
+    return str(-value if match["sign"] == "-" else value)
 
 
 def math_problem(answer: str, timeout_s: float = 2.0) -> str | None:
