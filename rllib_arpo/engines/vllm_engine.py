@@ -100,6 +100,8 @@ class VLLMEngine:
         self._reset_prefix_cache = reset_prefix_cache
         self._version = 0
         self._in_flight: set[str] = set()
+        # Those of them that have not got a token yet.
+        self._waiting: set[str] = set()
         self._numbers = itertools.count()
         self._busy_since = self._busy_s = 0.0
         self._closed = False
@@ -223,6 +225,7 @@ class VLLMEngine:
             async with aclosing(outputs):
                 async for output in outputs:
                     if not sent:
+                        self._waiting.discard(request.request_id)
                         self._count_prompt(output)
                     count = len(output.outputs[0].token_ids)
                     if adapter is not None:
@@ -349,7 +352,7 @@ class VLLMEngine:
         return nullcontext()
 
     def metrics(self) -> dict[str, float]:
-        """Counters since the start, and what is in flight.
+        """Counters since the start, what writes, and what waits for its first token.
 
         `entropy_approximated_by_top_k` is there when entropies are not exact.
         """
@@ -359,7 +362,8 @@ class VLLMEngine:
         found = {
             **self._counts,
             "step_time_s": busy_s,
-            "num_running": len(self._in_flight),
+            "num_running": len(self._in_flight) - len(self._waiting),
+            "num_waiting": len(self._waiting),
         }
         if self._entropy_top_k is not None:
             found["entropy_approximated_by_top_k"] = self._entropy_top_k
@@ -393,10 +397,12 @@ class VLLMEngine:
         if not self._in_flight:
             self._busy_since = time.monotonic()
         self._in_flight.add(request_id)
+        self._waiting.add(request_id)
         try:
             yield
         finally:
             self._in_flight.discard(request_id)
+            self._waiting.discard(request_id)
             if not self._in_flight:
                 self._busy_s += time.monotonic() - self._busy_since
 

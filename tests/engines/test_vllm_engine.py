@@ -310,8 +310,11 @@ def test_closing_the_iterator_aborts_the_request(vllm: VLLMSession) -> None:
             running.append(vllm.engine.metrics()["num_running"])
         running.append(vllm.engine.metrics()["num_running"])
         task = asyncio.create_task(collect(vllm.engine, ask("b", prompt_of(9, 0), 400)))
+        while not vllm.engine.metrics()["num_waiting"]:
+            await asyncio.sleep(0)
         while not vllm.engine.metrics()["num_running"]:
             await asyncio.sleep(0)
+        assert vllm.engine.metrics()["num_waiting"] == 0
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         running.append(vllm.engine.metrics()["num_running"])

@@ -1,8 +1,11 @@
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rllib_arpo.envs import dialogue_tokens
 from rllib_arpo.envs.dialogue import boxed
 from rllib_arpo.envs.tag_dialogue import TagDialogue
 from rllib_arpo.envs.tool_text import CUT_NOTICE
@@ -255,3 +258,21 @@ def test_decoding_takes_off_the_end_of_text_token():
     assert DIALOGUE.decode(np.array(ids, np.int32)) == ("hello", True)
     assert DIALOGUE.decode(np.array(ids[:-1], np.int32)) == ("hello", False)
     assert DIALOGUE.decode(np.zeros(0, np.int32)) == ("", False)
+
+
+def test_cached_prompts_are_bounded_by_their_tokens(monkeypatch):
+    def same(texts: Iterable[str]) -> list[bool]:
+        """Whether each of them is encoded once for two calls."""
+        asked = [[Message(role="user", content=text)] for text in texts]
+        return [dialogue.prompt_ids(one) is dialogue.prompt_ids(one) for one in asked]
+
+    dialogue = TagDialogue(qwen_like())
+    length = len(dialogue.prompt_ids([Message(role="user", content="a")]))
+    monkeypatch.setattr(dialogue_tokens, "MAX_CACHED_PROMPT", length)
+    monkeypatch.setattr(dialogue_tokens, "MAX_CACHED_TOKENS", 3 * length)
+    assert same(["a", "b " * 100]) == [True, False]
+    first = dialogue.prompt_ids([Message(role="user", content="a")])
+    assert same("bcd") == [True, True, True]
+    again = dialogue.prompt_ids([Message(role="user", content="a")])
+    assert again is not first
+    assert again.tolist() == first.tolist()
