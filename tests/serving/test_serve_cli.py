@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,23 @@ def test_the_examples_are_configurations_of_serve(file: str) -> None:
     assert module == rllib_arpo.serving.__name__
     assert name in rllib_arpo.serving.__all__
     assert ServeArgs.model_validate(app.args).models
+
+
+def test_kuberay_s_workers_have_room_for_all_replicas() -> None:
+    spec = yaml.safe_load((EXAMPLES / "rayservice.yaml").read_text())["spec"]
+    (app,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
+    cluster, args = spec["rayClusterConfig"], ServeArgs.model_validate(app["args"])
+    assert cluster["enableInTreeAutoscaling"]
+    room: Counter[str] = Counter()
+    for group in cluster["workerGroupSpecs"]:
+        (container,) = group["template"]["spec"]["containers"]
+        limits = container["resources"]["limits"]
+        for _ in range(group["maxReplicas"]):
+            room["cpu"] += int(limits["cpu"])
+            room["gpu"] += int(limits.get("nvidia.com/gpu", 0))
+    num_engines = args.max_engines * len(args.models)
+    assert room["gpu"] == num_engines * args.num_gpus
+    assert room["cpu"] >= num_engines + args.max_agents
 
 
 def test_the_package_does_not_import_serve() -> None:
