@@ -4,7 +4,6 @@ A checkpoint is a Hugging Face folder, whose tools and limits are flags, or a ru
 brings its own. With `--benchmark` the work is done in `cli_benchmarks`, otherwise here.
 """
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,9 +18,12 @@ from rllib_arpo.cli_runs import num_actors, restore, settings_of, started_ray
 from rllib_arpo.config import ARPOConfig
 from rllib_arpo.data.sources import resolve_tasks
 from rllib_arpo.envs.chat_dialogue import ChatTemplateDialogue
+from rllib_arpo.envs.env_config import DEFAULTS
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.evaluation import evaluate
+from rllib_arpo.evaluation_report import write_json
 from rllib_arpo.progress import Console
+from rllib_arpo.storage import check_output
 
 # What a run brings with it, and what only benchmarks take.
 MODEL_FLAGS = tuple(field.name for field in fields(ModelFlags))
@@ -30,7 +32,7 @@ DIALOGUES = ("tags", "chat_template")
 # Of tasks that are no benchmark's.
 TEMPERATURE = 1.0
 TOP_P = 1.0
-LIMITS = Limits(max_response_tokens=1024, max_tool_calls=5, max_result_tokens=256)
+LIMITS = Limits(**{field.name: DEFAULTS[field.name] for field in fields(Limits)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,8 @@ def evaluate_command(flags: Flags, given: Collection[str]) -> None:
         raise ConfigError(
             f'--dialogue ("{flags.of_model.dialogue}") must be one of {DIALOGUES}'
         )
+    if flags.json_file is not None:
+        check_output(flags.json_file, flag="--json")
     if flags.benchmark is not None:
         from rllib_arpo.cli_benchmarks import evaluate_benchmarks
 
@@ -123,8 +127,7 @@ def evaluate_rows(flags: Flags, given: Collection[str]) -> None:
     title = f"{len(result.trees)} tasks, {num_samples} answers each"
     Console().table(title, result.metrics)
     if flags.json_file is not None:
-        text = json.dumps(dict(result.metrics), indent=2)
-        flags.json_file.write_text(text + "\n")
+        write_json(flags.json_file, dict(result.metrics))
 
 
 def open_subject(folder: Path) -> Subject:

@@ -4,7 +4,7 @@ ARPOError
 ├── ConfigError        a setting, flag or model folder that cannot work
 ├── DataError          a row or file that is wrong: names file, row and field
 │   └── RowError           ... a row, with its place as attributes
-├── CheckpointError    a checkpoint or model cannot be written, or is not whole
+├── CheckpointError    a checkpoint or file cannot be written, or is not whole
 ├── LearnerError       a learner died
 ├── DivergenceError    gradients stay infinite or NaN
 ├── EngineError        text generation failed
@@ -55,7 +55,7 @@ class RowError(DataError):
 
 
 class CheckpointError(ARPOError, RuntimeError):
-    """A checkpoint or model cannot be written, or is not whole; names the folder."""
+    """A checkpoint or file cannot be written, or is not whole; names the place."""
 
 
 class LearnerError(ARPOError, RuntimeError):

@@ -13,6 +13,7 @@ from rllib_arpo.evaluation_scores import Scored, Summary
 from rllib_arpo.predictions import Header
 from rllib_arpo.rewards.judge import Judge
 from rllib_arpo.statistics import Comparison, Estimate
+from rllib_arpo.storage import write_output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,15 +93,20 @@ def average(summaries: Mapping[str, Summary]) -> float:
 
 
 def write_json(file: Path, value: object) -> None:
-    """Write a file, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f"{file.name}.part")
-    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    aside.replace(file)
+    """Write a file and its folder, whole or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    write_output(file, json.dumps(value, indent=2) + "\n")
 
 
 def write_scores(file: Path, scored: Sequence[Scored]) -> None:
-    """What each answer is worth and why, a line each."""
+    """What each answer is worth and why, a line each.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
     lines = [
         json.dumps(
             {
@@ -114,10 +120,7 @@ def write_scores(file: Path, scored: Sequence[Scored]) -> None:
         )
         for one in scored
     ]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f"{file.name}.part")
-    aside.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    aside.replace(file)
+    write_output(file, "\n".join([*lines, ""]))
 
 
 def as_table(report: Report) -> Table:

@@ -1,4 +1,4 @@
-"""Folders that are whole or not there, whatever happens while they are written.
+"""Folders and files that are whole or not there, whatever happens while written.
 
 A folder is written aside, as `NAME.part`, brought to the disk and renamed; a list of
 its files with their sizes, written last, lets a reader refuse a copy that broke off.
@@ -7,11 +7,14 @@ its files with their sizes, written last, lets a reader refuse a copy that broke
    new one is in place. A `NAME.before` without `NAME` is read in its place, and put
    back by the next save. Readers change nothing: a writer may be at work.
 2. Object stores have no renaming. There the list of files alone says what is whole.
+3. The file that a command is to write may be a pipe, as /dev/stdout: it is written to
+   as it is.
 """
 
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,20 +23,27 @@ from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, FileType
 from safetensors import SafetensorError
 
-from rllib_arpo.errors import CheckpointError
+from rllib_arpo.errors import CheckpointError, ConfigError
 
 CONTENTS_FILE = "contents.json"
 ASIDE = ".part"
 BEFORE = ".before"
+FILE_INTACT = "A file that was there before is intact."
+GO_ON = (
+    "Free some space there or choose another folder, then go on from the last "
+    "checkpoint."
+)
+ELSEWHERE = "Free some space there or choose another folder."
 
 
 @contextmanager
-def storing(place: Path, *, intact: str) -> Iterator[None]:
+def storing(place: Path, *, intact: str, cure: str = GO_ON) -> Iterator[None]:
     """Turn an error of the file system into one that says what to do.
 
     Args:
         place: what is being written.
         intact: one sentence on what is still there.
+        cure: another on what to do.
 
     Raises:
         CheckpointError: a file could not be written.
@@ -43,8 +53,7 @@ def storing(place: Path, *, intact: str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or _last_line(error)
         raise CheckpointError(
-            f"cannot write {place}: {reason} ({_free(place)}). {intact} Free some "
-            "space there or choose another folder, then go on from the last checkpoint."
+            f"cannot write {place}: {reason} ({_free(place)}). {intact} {cure}"
         ) from error
 
 
@@ -53,7 +62,8 @@ def _last_line(error: Exception) -> str:
 
 
 def _free(place: Path) -> str:
-    folder = next(path for path in (place, *place.parents) if path.is_dir())
+    # Not `is_dir`, which raises where a name is too long or a folder is not ours.
+    folder = next(path for path in (place, *place.parents) if os.path.isdir(path))
     return f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free in {folder}"
 
 
@@ -124,15 +134,79 @@ def write_whole(file: Path, text: str) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
+    with storing(file, intact=FILE_INTACT), _file_aside(file) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _file_aside(file: Path) -> Iterator[Path]:
     aside = _beside(file, ASIDE)
-    with storing(file, intact="The file before it is intact."):
-        try:
-            aside.write_text(text)
-            _sync(aside)
-            os.replace(aside, file)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+    try:
+        yield aside
+        _sync(aside)
+        os.replace(aside, file)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def output_aside(file: Path) -> Iterator[Path]:
+    """A file to write to, which becomes the one that a command is to write.
+
+    Args:
+        file: its folder is made.
+
+    Yields:
+        The file beside it, or `file` itself if it is a pipe or a device.
+
+    Raises:
+        CheckpointError: it cannot be written; nothing is left aside.
+    """
+    with storing(file, intact=FILE_INTACT, cure=ELSEWHERE):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if _is_special(file):
+            yield file
+            return
+        with _file_aside(file.resolve()) as aside:
+            yield aside
+
+
+def write_output(file: Path, text: str) -> None:
+    """Write the file that a command is to write, and its folder.
+
+    Raises:
+        CheckpointError: it cannot be written; a file before it is intact.
+    """
+    with output_aside(file) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def check_output(file: Path, *, flag: str) -> None:
+    """Refuse a file that could not be written when the work is done; make its folder.
+
+    Args:
+        file: what is to be written.
+        flag: where it was given, for the error.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not _is_special(file):
+            tempfile.TemporaryFile(dir=file.resolve().parent).close()
+        is_folder = file.is_dir()
+    except OSError as error:
+        raise ConfigError(
+            f"{flag} {file} cannot be written ({error.strerror}): give another file"
+        ) from error
+    if is_folder:
+        raise ConfigError(f"{flag} {file} is a folder: give a file")
+
+
+def _is_special(file: Path) -> bool:
+    return file.exists() and not file.is_file()
 
 
 def finish_interrupted(target: Path) -> None:
