@@ -43,6 +43,7 @@ from rllib_arpo.cli_serve import serve
 from rllib_arpo.cli_sft import export_traces, sft
 from rllib_arpo.cli_tune import tune
 from rllib_arpo.cli_view import view
+from rllib_arpo.envs.env_config import DEFAULTS
 from rllib_arpo.errors import ARPOError, ConfigError
 
 PACKAGES = (
@@ -131,9 +132,11 @@ def train(
     ] = None,
     group_size: Annotated[int, typer.Option(help="Leaves per tree.", min=1)] = 16,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-6,
-    max_response_tokens: MaxTokens = 1024,
-    max_tool_calls: Annotated[int, typer.Option(help="Per trajectory.", min=0)] = 5,
-    max_result_tokens: ResultTokens = 256,
+    max_response_tokens: MaxTokens = DEFAULTS["max_response_tokens"],
+    max_tool_calls: Annotated[
+        int, typer.Option(help="Per trajectory.", min=0)
+    ] = DEFAULTS["max_tool_calls"],
+    max_result_tokens: ResultTokens = DEFAULTS["max_result_tokens"],
     search: Search = None,
     search_endpoint: SearchEndpoint = None,
     browse: Browse = False,

@@ -15,6 +15,7 @@ from rllib_arpo.cli_options import (
     ResultTokens,
     Seed,
 )
+from rllib_arpo.envs.env_config import DEFAULTS
 
 
 def sft(
@@ -29,7 +30,7 @@ def sft(
         str, typer.Option(help="Names of the tools in the traces, by commas.")
     ] = "search,python",
     dialogue: DialogueName = "tags",
-    max_result_tokens: ResultTokens = 256,
+    max_result_tokens: ResultTokens = DEFAULTS["max_result_tokens"],
     max_tokens: Annotated[
         int | None, typer.Option(help="Longer traces are bad rows.", min=1)
     ] = None,
