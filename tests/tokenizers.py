@@ -190,6 +190,22 @@ def qwen25_with_tools(vocab_size: int = 500) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def phi_with_tools(vocab_size: int = 500) -> PreTrainedTokenizerFast:
+    """As Phi's: a turn ends with a token that is not the end of text."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|end|>"]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_train(special, vocab_size, CHAT_CORPUS),
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|end|>"],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.add_tokens(_ordinary("tool_call"))
+    template = QWEN25_TOOLS_TEMPLATE.replace("<|im_end|>", "<|end|>")
+    tokenizer.chat_template = _kept(template)
+    return tokenizer
+
+
 def qwen3_with_tools(vocab_size: int = 500) -> PreTrainedTokenizerFast:
     """As Qwen3: thoughts and results have their own tokens, too."""
     tokenizer = _qwen(_train(QWEN_SPECIAL, vocab_size, CHAT_CORPUS))

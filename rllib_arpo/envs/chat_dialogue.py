@@ -87,6 +87,7 @@ class ChatTemplateDialogue:
         self._tokens = DialogueTokens(tokenizer)
         pieces = template_pieces(self._tokens, tools, template_kwargs or {})
         self._turn_end = pieces.turn_end
+        self._tokens.ends.add(self._tokens.special[self._turn_end])
         # What the model goes on from: some templates open the think block for it.
         head = pieces.after_result.rstrip()
         self._opening = "<think>" if head.endswith("<think>") else ""

@@ -39,7 +39,7 @@ class DialogueTokens:
         special: special tokens, text to id.
         controls: those, and other added tokens that look like a tag, as Qwen's
             `<tool_call>`, which is not called special.
-        ends: ids that end a turn of the model.
+        ends: ids that end a turn of the model. A chat template may have one more.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:

@@ -21,6 +21,7 @@ from tests.envs.fake_tools import FakeTool
 from tests.tokenizers import (
     llama_like,
     llama_with_tools,
+    phi_with_tools,
     qwen3_with_tools,
     qwen25_with_tools,
     qwen_like,
@@ -42,7 +43,8 @@ ADD = ToolSpec(
 )
 TOOLS = (SEARCH, ADD)
 QWEN25, QWEN3, LLAMA = qwen25_with_tools(), qwen3_with_tools(), llama_with_tools()
-TOKENIZERS = {"qwen25": QWEN25, "qwen3": QWEN3, "llama": LLAMA}
+PHI = phi_with_tools()
+TOKENIZERS = {"qwen25": QWEN25, "qwen3": QWEN3, "llama": LLAMA, "phi": PHI}
 DIALOGUE = ChatTemplateDialogue(QWEN25, TOOLS)
 QUESTION = Message(role="user", content="How high is vifel?")
 TASK = Task(task_id="t", messages=(QUESTION,), answers=("44",))
@@ -154,6 +156,16 @@ def test_a_template_that_opens_the_think_block_has_its_turns_read_from_there():
     assert tokenizer.decode(dialogue.prompt_ids([QUESTION])).endswith("<think>\n")
     turn = dialogue.parse("I know.</think>\\boxed{44}")
     assert (turn.think, turn.answer, turn.errors) == ("I know.", "44", ())
+
+
+def test_a_turn_that_ends_with_the_templates_own_token_is_an_answer():
+    dialogue = ChatTemplateDialogue(PHI, TOOLS)
+    assert "<|end|>" in dialogue.stop and PHI.eos_token == "<|endoftext|>"
+    for end in ("<|end|>", "<|endoftext|>"):
+        ids = np.array(PHI.encode(RIGHT + end, add_special_tokens=False), np.int32)
+        text, ended = dialogue.decode(ids)
+        assert (text, ended) == (RIGHT, True)
+        assert dialogue.parse(text, ended=ended).answer == "44"
 
 
 def test_a_written_answer_gets_the_token_that_ends_the_turn_and_a_call_does_not():
