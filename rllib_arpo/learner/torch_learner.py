@@ -251,7 +251,8 @@ class ARPOTorchLearner(LearnerState):
             ENTROPY: fwd_out["entropies"],
             "clip_fraction": policy.clipped.float(),
             "ratio_mean": policy.ratio,
-            "kl_to_sampler": losses.kl_k3(logprobs, rollout),
+            # KL(sampler ‖ policy): the tokens were drawn by the sampler.
+            "kl_to_sampler": losses.kl_k3(rollout, logprobs),
             DIFFERENCE: (logprobs - rollout).abs(),
         }
         if settings.tis_cap is not None:

@@ -129,6 +129,30 @@ def test_hard_and_soft_agree_on_shared_tokens_at_ratio_one(model) -> None:
     assert_close(*got)
 
 
+def test_the_distance_to_the_sampler_is_estimated_over_the_samplers_tokens(
+    model,
+) -> None:
+    # A sampler with q = .8, .2 draws these tokens, the learner has p = .5, .5:
+    # KL(q ‖ p) = .8·ln(.8/.5) + .2·ln(.2/.5) = .37600 - .18326 = .19274
+    sampler, policy = torch.tensor([[0.8, 0.2]]), torch.tensor([[0.5, 0.5]])
+    zeros = torch.zeros(1, 2)
+    token_losses = build_learner(model).compute_token_losses(
+        {
+            packing.ROLLOUT_LOGPROBS: sampler.log(),
+            packing.OLD_LOGPROBS: sampler.log(),
+            packing.POSITIVE_ADVANTAGES: zeros,
+            packing.NEGATIVE_ADVANTAGES: zeros,
+        },
+        {"logprobs": policy.log(), "entropies": zeros},
+    )
+    estimate = token_losses.metrics["kl_to_sampler"]
+    # r - ln r - 1 with r = p/q: .625 + .47000 - 1 and 2.5 - .91629 - 1
+    torch.testing.assert_close(
+        estimate, torch.tensor([[0.09500, 0.58371]]), rtol=1e-4, atol=0
+    )
+    assert float((sampler * estimate).sum()) == pytest.approx(0.19274, abs=1e-5)
+
+
 def test_tool_and_prompt_tokens_are_not_learned(tmp_path) -> None:
     source = save_tiny_model(tmp_path, tied=False)
     learner = build_learner(source, sft=True, grad_clip=None, minibatch_size=1)
