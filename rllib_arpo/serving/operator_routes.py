@@ -4,8 +4,9 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from rllib_arpo.errors import CheckpointError, ConfigError, DataError
+from rllib_arpo.errors import CheckpointError, ConfigError, DataError, EngineError
 from rllib_arpo.serving.api_errors import HttpError
+from rllib_arpo.serving.engine_client import EngineLostError
 from rllib_arpo.serving.http_server import OPEN_ERRORS, READ_ERRORS, HttpServer, errors
 from rllib_arpo.serving.json_body import JsonRoute
 from rllib_arpo.serving.openai_api import InvalidRequestError, UnknownModelError
@@ -101,6 +102,10 @@ def operator_routes(server: HttpServer) -> APIRouter:
             versions = await server.reload(body.model, body.checkpoint)
         except (ConfigError, CheckpointError, DataError) as error:
             raise InvalidRequestError(str(error), param="checkpoint") from error
+        except EngineLostError:
+            raise
+        except EngineError as error:
+            raise HttpError(500, str(error), code="reload_failed") from error
         return ReloadReply(models=dict(versions))
 
     return router

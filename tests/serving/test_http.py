@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rllib_arpo.errors import ConfigError
+from rllib_arpo.errors import ConfigError, EngineError
 from rllib_arpo.serving.access import hash_key
 from rllib_arpo.serving.agent import Agent
 from rllib_arpo.serving.engine_client import EngineLostError
@@ -391,6 +391,10 @@ def test_all_keys_together_have_so_many_requests_at_once():
 async def reload(model: str | None, checkpoint: str | None) -> Mapping[str, str]:
     if checkpoint == "nothing":
         raise ConfigError("there is no checkpoint 'nothing'")
+    if checkpoint == "large":
+        raise EngineError("cannot load large: out of memory")
+    if checkpoint == "lost":
+        raise EngineLostError("a replica is gone")
     return {model or "m": f"version of {checkpoint}"}
 
 
@@ -403,6 +407,11 @@ def test_the_admin_s_key_loads_other_weights():
         wrong = live.client.post(path, json={"checkpoint": "nothing"}, headers=ADMIN)
         assert wrong.status_code == 400
         assert "no checkpoint 'nothing'" in wrong.json()["error"]["message"]
+        failed = live.client.post(path, json={"checkpoint": "large"}, headers=ADMIN)
+        assert failed.status_code == 500
+        assert "out of memory" in failed.json()["error"]["message"]
+        lost = live.client.post(path, json={"checkpoint": "lost"}, headers=ADMIN)
+        assert lost.status_code == 503
         unknown = live.client.post(path, json={"model": "x"}, headers=ADMIN)
         assert unknown.status_code == 404
         assert live.client.post(path, json={}).status_code == 401
