@@ -70,6 +70,9 @@ class PaperReward:
         R_length = clip(((L_max - L_buffer) - |y|) / L_buffer, -1, 0)
                                   DAPO, arXiv:2503.14476, eq. 13
 
+    A path that was cut is punished in full (|y| > L_max), however long what is left
+    of it: a tool result that did not fit does not stand in the response.
+
     Attributes:
         multi_tool_bonus: r_M.
         format_penalty: reward of a broken format.
@@ -106,10 +109,14 @@ class PaperReward:
             "multi_tool_bonus": max(self.multi_tool_bonus, 0.0) if earned else 0.0,
         }
         if self.overlong_buffer_tokens > 0:
-            parts["overlong"] = overlong_penalty(
-                trajectory.num_response_tokens,
-                max_response_tokens=trajectory.max_response_tokens,
-                buffer_tokens=self.overlong_buffer_tokens,
+            parts["overlong"] = (
+                -1.0
+                if trajectory.end == "length"
+                else overlong_penalty(
+                    trajectory.num_response_tokens,
+                    max_response_tokens=trajectory.max_response_tokens,
+                    buffer_tokens=self.overlong_buffer_tokens,
+                )
             )
         return parts
 

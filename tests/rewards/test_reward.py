@@ -119,6 +119,26 @@ def test_the_length_penalty_is_a_part_and_is_off_unless_asked_for():
     assert "overlong" not in score(paper_reward, long)[1]
 
 
+def test_a_path_cut_by_a_result_that_did_not_fit_is_overlong_in_full():
+    tool = FakeTool("vifel is 44. " * 50)
+    env = ToolUseEnv(
+        {
+            "tokenizer": qwen_like(),
+            "tools": [tool],
+            "max_response_tokens": 100,
+            "reward_fn": PaperReward(overlong_buffer_tokens=20),
+        }
+    )
+    env.reset(options={"task": trajectory().task})
+    call = env.dialogue.model_ids("<think>t</think><search>vifel</search>")
+    _, reward, _, truncated, info = env.step(call)
+    assert truncated and tool.calls
+    # Far from the buffer, which begins at 80: the result is not among the tokens.
+    assert info["trajectory"].num_response_tokens == len(call) < 60
+    assert info["reward_parts"]["overlong"] == -1.0
+    assert reward == -2.0  # and no answer, -1
+
+
 def test_a_plain_function_may_return_a_number_or_parts():
     assert score(lambda _: 2, trajectory()) == (2.0, {"reward": 2.0})
     parts = {"a": 1, "b": -0.5}
