@@ -8,8 +8,12 @@ import typer
 
 from rllib_arpo.errors import ConfigError
 
-EnvRunners = Annotated[int, typer.Option(help="Sampling actors; 0: in this process.")]
-Learners = Annotated[int, typer.Option(help="Learner actors; 0: in this process.")]
+EnvRunners = Annotated[
+    int, typer.Option(help="Sampling actors; 0: in this process.", min=0)
+]
+Learners = Annotated[
+    int, typer.Option(help="Learner actors; 0: in this process.", min=0)
+]
 EngineName = Annotated[str, typer.Option(help='What samples: "torch" or "vllm".')]
 Seed = Annotated[int, typer.Option(help="Seed of tasks, sampling and learner.")]
 Out = Annotated[Path, typer.Option(help="Folder of the run.")]

@@ -53,16 +53,19 @@ class ARPOConfig(ARPOSettings):
         # RLlib's local EnvRunner would put a model into the driver, and hand its own
         # stale weights to runners that come back.
         self.create_local_env_runner = self.num_env_runners == 0
+        if self._validate_config:
+            # Before RLlib, which takes any number for granted.
+            fault = next(faults(self), None)
+            if fault is not None:
+                raise ConfigError(fault)
         super().validate()
-        for fault in faults(self):
-            self._refuse(fault)
 
-    def _refuse(self, message: str) -> None:
-        # RLlib's own `_value_error` adds how to switch validation off.
-        try:
-            self._value_error(message)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+    @override(AlgorithmConfig)
+    def _value_error(self, errmsg: str) -> None:
+        """As RLlib's, without its advice to switch all checks off."""
+        if self._validate_config:
+            raise ConfigError(errmsg)
+        super()._value_error(errmsg)
 
     @override(AlgorithmConfig)
     def get_evaluation_config_object(self) -> AlgorithmConfig | None:
@@ -184,19 +187,7 @@ class ARPOConfig(ARPOSettings):
         )
 
     def sampling_params(self) -> SamplingParams:
-        """How the engine samples.
-
-        Raises:
-            ConfigError: a number is out of range.
-        """
-        if self.temperature < 0:
-            raise ConfigError(f"`temperature` ({self.temperature}) must be >= 0.")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"`top_p` ({self.top_p}) must lie in (0, 1].")
-        if self.top_k < 0:
-            raise ConfigError(
-                f"`top_k` ({self.top_k}) must be >= 0; 0 keeps all tokens."
-            )
+        """How the engine samples."""
         return SamplingParams(
             temperature=self.temperature, top_p=self.top_p, top_k=self.top_k
         )

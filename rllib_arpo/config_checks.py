@@ -4,8 +4,15 @@ Every message names the settings with their values, and the cure.
 """
 
 from collections.abc import Iterator
+from numbers import Integral
 from typing import TYPE_CHECKING
 
+from rllib_arpo.config_numbers import (
+    OF_SAMPLING,
+    OF_TRAINING,
+    betas_faults,
+    number_faults,
+)
 from rllib_arpo.engines.torch_engine import Settings
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.lora import lora_settings
@@ -32,6 +39,10 @@ def faults(config: "ARPOConfig") -> Iterator[str]:
 
     A config for evaluation is not asked about training.
     """
+    yield from number_faults(config, OF_SAMPLING)
+    if not config.in_evaluation:
+        yield from number_faults(config, OF_TRAINING)
+        yield from betas_faults(config.adam_betas)
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
             yield (
@@ -41,18 +52,12 @@ def faults(config: "ARPOConfig") -> Iterator[str]:
             )
     try:
         config.tree_settings()
-        config.sampling_params()
     except ConfigError as error:
         yield str(error)
     if not config.model_config.get("model"):
         yield (
             'No model: set `.rl_module(model_config={"model": ...})` to a '
             "Hugging Face folder or hub name."
-        )
-    if config.num_saved_trees is not None and config.num_saved_trees < 0:
-        yield (
-            f"`num_saved_trees` ({config.num_saved_trees}) must be >= 0, or None for "
-            "all."
         )
     yield from _lora_faults(config)
     yield from _engine_faults(config)
@@ -161,44 +166,44 @@ def _transfer_faults(config: "ARPOConfig") -> Iterator[str]:
 
 def _batch_faults(config: "ARPOConfig") -> Iterator[str]:
     batch, mini = config.train_batch_size_per_learner, config.minibatch_size
-    if mini is None or not 1 <= mini <= batch:
+    if not isinstance(mini, Integral) or not 1 <= mini <= batch:
         yield (
             f"`minibatch_size` ({mini}) must be between 1 and "
             f"`train_batch_size_per_learner` ({batch}): both count trees per learner."
         )
     row, budget = config.max_tokens_per_row, config.max_tokens_per_microbatch
-    if budget < 1:
-        yield f"`max_tokens_per_microbatch` ({budget}) must be >= 1."
-    if row is not None and not 1 <= row <= budget:
+    if row is not None and row > budget:
         yield (
-            f"`max_tokens_per_row` ({row}) must be between 1 and "
+            f"`max_tokens_per_row` ({row}) must be at most "
             f"`max_tokens_per_microbatch` ({budget}), which is also what None takes."
         )
-    if config.max_skipped_steps < 0:
-        yield (
-            f"`max_skipped_steps` ({config.max_skipped_steps}) must be >= 0; 0 stops "
-            "at the first gradient that is not finite."
-        )
-    if config.lr_schedule != "constant" and config.lr_total_steps is None:
+    yield from _schedule_faults(config)
+
+
+def _schedule_faults(config: "ARPOConfig") -> Iterator[str]:
+    if config.lr_schedule == "constant":
+        return
+    warmup, total = config.lr_warmup_steps, config.lr_total_steps
+    if total is None:
         yield (
             f"`lr_schedule` ({config.lr_schedule!r}) needs `lr_total_steps` (None): "
             "set the optimizer step at which the learning rate reaches 0."
         )
+    elif warmup >= total:
+        yield (
+            f"`lr_warmup_steps` ({warmup}) must be less than `lr_total_steps` "
+            f"({total}), where the learning rate is 0 again: lower the first or raise "
+            "the second."
+        )
 
 
 def _loss_faults(config: "ARPOConfig") -> Iterator[str]:
-    if not 0.0 < config.clip_param < 1.0:
-        yield f"`clip_param` ({config.clip_param}) must lie in (0, 1)."
     high = config.clip_param_high
     if high is not None and high < config.clip_param:
         yield (
             f"`clip_param_high` ({high}) must be >= `clip_param` "
             f"({config.clip_param}), or None for the same bound on both sides."
         )
-    if config.dual_clip is not None and config.dual_clip <= 1.0:
-        yield f"`dual_clip` ({config.dual_clip}) must be > 1, or None to switch it off."
-    if config.tis_cap is not None and config.tis_cap < 1.0:
-        yield f"`tis_cap` ({config.tis_cap}) must be >= 1, or None to switch it off."
 
 
 def _sampling_faults(config: "ARPOConfig") -> Iterator[str]:
@@ -227,19 +232,12 @@ def _sampling_faults(config: "ARPOConfig") -> Iterator[str]:
 def _asynchronous_faults(config: "ARPOConfig") -> Iterator[str]:
     if not config.asynchronous:
         return
-    lag, concurrent = config.max_policy_lag, config.max_concurrent_trees
+    lag = config.max_policy_lag
     if not config.num_env_runners:
         yield (
             "`asynchronous` (True) needs EnvRunners beside the driver: set "
             f"`.env_runners(num_env_runners=...)` ({config.num_env_runners}) to 1 or "
             "more."
-        )
-    if lag < 0:
-        yield f"`max_policy_lag` ({lag}) must be >= 0; 0 is the synchronous algorithm."
-    if concurrent is not None and concurrent < 1:
-        yield (
-            f"`max_concurrent_trees` ({concurrent}) must be >= 1, or None for an "
-            "EnvRunner's share of a batch."
         )
     if lag > 0 and (config.tis_cap is None or config.old_logprobs != "recompute"):
         yield (

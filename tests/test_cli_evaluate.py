@@ -274,6 +274,7 @@ MISTAKES = {
     "writer --benchmark aime24 --benchmark-dir .": "must hold one file aime24.jsonl",
     "writer --benchmark gsm8k=hotpotqa.jsonl": "hotpotqa.jsonl, row 0, `answer`",
     "writer --dialogue xml": '--dialogue ("xml") must be one of',
+    "writer --num-env-runners -1": "Invalid value for '--num-env-runners'",
     "nowhere --json gsm8k.jsonl/x.json": "--json gsm8k.jsonl/x.json cannot be written",
     "nowhere --benchmark gsm8k --json writer": "--json writer is a folder: give a file",
     "nowhere --benchmark gsm8k --benchmark-dir .": "nowhere holds no checkpoint",

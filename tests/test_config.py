@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 
 from rllib_arpo import ARPO, SFT, ARPOConfig, SFTConfig
+from rllib_arpo.config_numbers import OF_SAMPLING, OF_TRAINING
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.rollouts.branching import BranchPoint, LeafBudget, never, threshold
 from tests.tiny_runs import arpo_config
@@ -81,6 +83,10 @@ def test_a_group_changes_only_what_it_was_given() -> None:
             ["`lr_schedule` ('cosine')", "`lr_total_steps` (None)"],
         ),
         (
+            {"lr_schedule": "linear", "lr_warmup_steps": 10, "lr_total_steps": 5},
+            ["`lr_warmup_steps` (10)", "`lr_total_steps` (5)", "lower the first"],
+        ),
+        (
             {"clip_param": 0.2, "clip_param_high": 0.1},
             ["`clip_param_high` (0.1)", "`clip_param` (0.2)"],
         ),
@@ -112,6 +118,61 @@ def test_contradictions_are_refused_with_both_values_and_the_cure(
         config.validate()
     for word in words:
         assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("lr", -1, "a number >= 0"),
+        ("lr", "1e-6", "a number >= 0"),
+        ("kl_coeff", -1, "a number >= 0; 0 takes no penalty"),
+        ("num_epochs", 0, "a whole number >= 1"),
+        ("num_epochs", 1.5, "a whole number >= 1"),
+        ("num_env_runners", -1, "a whole number >= 0; 0 samples in the driver"),
+        ("num_learners", -1, "a whole number >= 0; 0 learns in the driver"),
+        ("clip_param", "0.2", "a number in (0, 1)"),
+        ("clip_param", 1, "a number in (0, 1)"),
+        ("entropy_coeff", float("nan"), "a number"),
+        ("temperature", float("inf"), "a number >= 0"),
+        ("weight_decay", -1, "a number >= 0"),
+        ("adam_betas", (0.9,), "two numbers in [0, 1): β₁ and β₂"),
+        ("adam_betas", (0.9, 1.0), "two numbers in [0, 1): β₁ and β₂"),
+        ("adam_betas", 0.9, "two numbers in [0, 1): β₁ and β₂"),
+        ("grad_clip", -1, "a number > 0, or None to switch it off"),
+        ("max_dynamic_sampling_rounds", -1, "a whole number >= 0"),
+        ("max_tool_failure_share", 2, "a number in [0, 1], or None to switch it off"),
+        ("group_size", "16", "a whole number >= 1"),
+        ("num_saved_trees", -2, "a whole number >= 0, or None for all"),
+    ],
+)
+def test_a_number_that_a_setting_does_not_take_is_refused_by_name(
+    name, value, expected
+) -> None:
+    config = arpo_config(FOLDER)
+    assert hasattr(config, name)
+    setattr(config, name, value)
+    with pytest.raises(ConfigError) as refused:
+        config.validate()
+    assert str(refused.value) == f"`{name}` ({value!r}) must be {expected}."
+
+
+def test_numbers_at_the_ends_and_those_of_numpy_are_taken() -> None:
+    config = arpo_config(FOLDER).env_runners(num_env_runners=np.int64(0))
+    config.training(lr=np.float64(0), minibatch_size=np.int64(2), grad_clip=None)
+    config.training(adam_betas=[0, 0.5], clip_param_high=1.5, entropy_coeff=-0.1)
+    config.engine(top_p=1).tree_rollout(max_tool_failure_share=1)
+    config.validate()
+
+
+def test_every_number_of_ours_has_its_interval() -> None:
+    defaults = vars(ARPOConfig())
+    ours = {
+        name
+        for name in defaults.keys() - vars(AlgorithmConfig()).keys()
+        if isinstance(defaults[name], float | int)
+        and not isinstance(defaults[name], bool)
+    }
+    assert ours - OF_SAMPLING.keys() - OF_TRAINING.keys() == set()
 
 
 @pytest.mark.parametrize(
