@@ -217,7 +217,15 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """Take back what `optimizer_state` gave, or of whole tensors one's own part."""
+    """Take back what `optimizer_state` gave, or of whole tensors one's own part.
+
+    Settings stay those that the optimizer was built with: a run may go on with
+    another weight decay. Only the learning rate comes back, until the next step.
+    """
+    built_with = [
+        {name: value for name, value in group.items() if name not in ("params", "lr")}
+        for group in optimizer.param_groups
+    ]
     state = _map_leaves(state, np.ndarray, to_tensor)
     owned = [p for group in optimizer.param_groups for p in group["params"]]
     parts = {
@@ -230,6 +238,8 @@ def load_optimizer_state(
         for index, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": parts})
+    for group, settings in zip(optimizer.param_groups, built_with, strict=True):
+        group.update(settings)
 
 
 def _map_leaves(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:

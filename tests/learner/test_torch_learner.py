@@ -236,6 +236,28 @@ def test_save_then_restore_then_train_equals_train(model, optimizer) -> None:
         assert array.tobytes() == weights(restored)[name].tobytes(), name
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_restored_run_takes_its_own_weight_decay_and_betas(model, optimizer) -> None:
+    saved = build_learner(model, optimizer=optimizer, minibatch_size=2)
+    update(saved)
+    settings = {"weight_decay": 0.3, "adam_betas": (0.8, 0.7)}
+    learner = build_learner(model, optimizer=optimizer, minibatch_size=2, **settings)
+    learner.set_state(saved.get_state())
+    for before, after in zip(
+        saved.named_optimizers, learner.named_optimizers, strict=True
+    ):
+        # Moments came, and the learning rate as it was.
+        assert before.optimizer.state.keys() and after.optimizer.state.keys()
+        for one, two in zip(
+            before.optimizer.param_groups, after.optimizer.param_groups, strict=True
+        ):
+            assert one["lr"] == two["lr"]
+            decayed = all(parameter.ndim >= 2 for parameter in two["params"])
+            assert two["weight_decay"] == (0.3 if decayed else 0.0)
+            if after.name == "adamw":
+                assert (one["betas"], two["betas"]) == ((0.9, 0.95), (0.8, 0.7))
+
+
 def test_an_older_checkpoint_can_be_restored(model) -> None:
     learner = build_learner(model)
     update(learner)
