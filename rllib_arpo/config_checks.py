@@ -16,6 +16,7 @@ from rllib_arpo.config_numbers import (
 from rllib_arpo.engines.torch_engine import Settings
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.lora import lora_settings
+from rllib_arpo.rl_module import DTYPES, KEYS
 
 if TYPE_CHECKING:
     from rllib_arpo.config import ARPOConfig
@@ -54,11 +55,7 @@ def faults(config: "ARPOConfig") -> Iterator[str]:
         config.tree_settings()
     except ConfigError as error:
         yield str(error)
-    if not config.model_config.get("model"):
-        yield (
-            'No model: set `.rl_module(model_config={"model": ...})` to a '
-            "Hugging Face folder or hub name."
-        )
+    yield from _model_faults(config)
     yield from _lora_faults(config)
     yield from _engine_faults(config)
     if not config.in_evaluation:
@@ -67,6 +64,25 @@ def faults(config: "ARPOConfig") -> Iterator[str]:
         yield from _sampling_faults(config)
         yield from _asynchronous_faults(config)
         yield from _evaluation_faults(config)
+
+
+def _model_faults(config: "ARPOConfig") -> Iterator[str]:
+    given = config.model_config
+    # A module of the user's own may read others.
+    unknown = given.keys() - {*KEYS} if config._rl_module_spec is None else ()
+    for name in sorted(unknown):
+        yield f"`model_config` holds `{name}`, but it takes {', '.join(KEYS)} only."
+    if not given.get("model"):
+        yield (
+            'No model: set `.rl_module(model_config={"model": ...})` to a '
+            "Hugging Face folder or hub name."
+        )
+    dtype = str(given.get("dtype") or "float32")
+    if dtype not in DTYPES:
+        yield (
+            f"`model_config` holds `dtype` {dtype!r}: it must be one of "
+            f"{', '.join(map(repr, DTYPES))}."
+        )
 
 
 def _lora_faults(config: "ARPOConfig") -> Iterator[str]:

@@ -41,6 +41,8 @@ from rllib_arpo.learner.scoring import EntropyMode, TokenScorer
 from rllib_arpo.pretrained import copy_tokenizer, load_causal_lm, quiet_loading
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Of `model_config`.
+KEYS = ("model", "dtype", "gradient_checkpointing", "lora", "reference")
 
 
 class CausalLMRLModule(TorchRLModule):

@@ -5,10 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from rllib_arpo import ARPO, SFT, ARPOConfig, SFTConfig
 from rllib_arpo.config_numbers import OF_SAMPLING, OF_TRAINING
 from rllib_arpo.errors import ConfigError
+from rllib_arpo.rl_module import CausalLMRLModule
 from rllib_arpo.rollouts.branching import BranchPoint, LeafBudget, never, threshold
 from tests.tiny_runs import arpo_config
 
@@ -358,6 +360,41 @@ def test_adapters_that_can_be_are_not_refused() -> None:
     arpo_config(FOLDER).rl_module(
         model_config={"model": FOLDER, "lora": lora}
     ).validate()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            {"gradient_checkpontng": True},
+            [
+                "`gradient_checkpontng`",
+                "takes model, dtype, gradient_checkpointing, lora",
+            ],
+        ),
+        ({"dtype": "float16"}, ["`dtype` 'float16'", "'float32', 'bfloat16'"]),
+    ],
+)
+def test_what_a_model_does_not_take_is_refused(given, words) -> None:
+    config = arpo_config(FOLDER)
+    config.rl_module(model_config={"model": FOLDER, **given})
+    with pytest.raises(ConfigError) as refused:
+        config.validate()
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_all_that_a_model_takes_is_not_refused() -> None:
+    given = {"dtype": "bfloat16", "gradient_checkpointing": True, "reference": True}
+    config = arpo_config(FOLDER)
+    config.rl_module(model_config={"model": FOLDER, "lora": None, **given}).validate()
+
+
+def test_a_module_of_the_users_own_may_take_more() -> None:
+    spec = RLModuleSpec(module_class=CausalLMRLModule)
+    given = {"model": FOLDER, "of_mine": 1}
+    config = arpo_config(FOLDER)
+    config.rl_module(rl_module_spec=spec, model_config=given).validate()
 
 
 def test_a_missing_model_is_refused() -> None:
