@@ -158,7 +158,7 @@ def config_of(subject: Subject, flags: Flags, limits: Limits) -> ARPOConfig | No
     if subject.run is not None:
         return None
     own = flags.of_model
-    return config_of_flags(
+    config = config_of_flags(
         data=None,
         model=str(subject.folder),
         seed=flags.seed,
@@ -173,6 +173,8 @@ def config_of(subject: Subject, flags: Flags, limits: Limits) -> ARPOConfig | No
         num_env_runners=own.num_env_runners,
         **asdict(limits),
     )
+    config.validate()
+    return config
 
 
 def start(subject: Subject, config: ARPOConfig | None) -> ARPO:

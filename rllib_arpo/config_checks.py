@@ -45,12 +45,12 @@ def faults(config: "ARPOConfig") -> Iterator[str]:
         yield from number_faults(config, OF_TRAINING)
         yield from betas_faults(config.adam_betas)
     for name, choices in CHOICES.items():
-        if getattr(config, name) not in choices:
-            yield (
-                f"`{name}` ({getattr(config, name)!r}) must be one of "
-                + ", ".join(map(repr, choices))
-                + "."
-            )
+        value = getattr(config, name)
+        if value not in choices:
+            # As methods and flags call it.
+            name = "engine" if name == "engine_name" else name
+            listed = ", ".join(map(repr, choices))
+            yield f"`{name}` ({value!r}) must be one of {listed}."
     try:
         config.tree_settings()
     except ConfigError as error:
@@ -219,6 +219,14 @@ def _loss_faults(config: "ARPOConfig") -> Iterator[str]:
         yield (
             f"`clip_param_high` ({high}) must be >= `clip_param` "
             f"({config.clip_param}), or None for the same bound on both sides."
+        )
+    lagging = config.asynchronous and config.max_policy_lag > 0  # asked for below
+    cap, old = config.tis_cap, config.old_logprobs
+    if cap is not None and old == "rollout" and not lagging:
+        yield (
+            f"`tis_cap` ({cap}) bounds π_old / π_rollout, which `old_logprobs` "
+            "('rollout') makes 1 for every token, so it would change nothing. Set "
+            '`old_logprobs="recompute"`, or tis_cap=None.'
         )
 
 

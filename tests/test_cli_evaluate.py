@@ -275,6 +275,7 @@ MISTAKES = {
     "writer --benchmark gsm8k=hotpotqa.jsonl": "hotpotqa.jsonl, row 0, `answer`",
     "writer --dialogue xml": '--dialogue ("xml") must be one of',
     "writer --num-env-runners -1": "Invalid value for '--num-env-runners'",
+    "writer --engine vllmm": "`engine` ('vllmm') must be one of 'torch', 'vllm'.",
     "nowhere --json gsm8k.jsonl/x.json": "--json gsm8k.jsonl/x.json cannot be written",
     "nowhere --benchmark gsm8k --json writer": "--json writer is a folder: give a file",
     "nowhere --benchmark gsm8k --benchmark-dir .": "nowhere holds no checkpoint",

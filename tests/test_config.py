@@ -92,12 +92,20 @@ def test_a_group_changes_only_what_it_was_given() -> None:
             {"clip_param": 0.2, "clip_param_high": 0.1},
             ["`clip_param_high` (0.1)", "`clip_param` (0.2)"],
         ),
+        (
+            {"tis_cap": 2.0},
+            [
+                "`tis_cap` (2.0)",
+                "`old_logprobs` ('rollout')",
+                'Set `old_logprobs="recompute"`',
+            ],
+        ),
         ({"clip_param": 1.5}, ["`clip_param` (1.5)", "(0, 1)"]),
         ({"dual_clip": 1.0}, ["`dual_clip` (1.0)", "None"]),
         ({"branch_factor": 1}, ["`branch_factor` (1)", '"never"']),
         ({"branch_rule": "sometimes"}, ['`branch_rule` ("sometimes")', "bernoulli"]),
         ({"optimizer": "sgd"}, ["`optimizer` ('sgd')", "'adamw'", "'muon'"]),
-        ({"engine_name": "vllmm"}, ["`engine_name` ('vllmm')", "'torch'"]),
+        ({"engine_name": "vllmm"}, ["`engine` ('vllmm')", "'torch'"]),
         ({"engine_kwargs": {"max_seqs": 2}}, ["`max_seqs`", "max_num_seqs"]),
         ({"packing": "trees"}, ["`packing` ('trees')", "'paths'"]),
         ({"learner_strategy": "fsdp"}, ["`learner_strategy` ('fsdp')", "'fsdp2'"]),
@@ -397,6 +405,24 @@ def test_a_module_of_the_users_own_may_take_more() -> None:
     config.rl_module(rl_module_spec=spec, model_config=given).validate()
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("engine_name", "`engine` ('nonsense') must be one of 'torch', 'vllm'."),
+        ("gym_env_vectorize_mode", "(nonsense) must be a member of"),
+    ],
+    ids=["ours", "RLlib's"],
+)
+def test_a_refusal_can_be_switched_off_but_does_not_advise_it(name, words) -> None:
+    config = arpo_config(FOLDER)
+    setattr(config, name, "nonsense")
+    with pytest.raises(ConfigError) as refused:
+        config.validate()
+    assert words in str(refused.value)
+    assert "suppress" not in str(refused.value)
+    config.experimental(_validate_config=False).validate()
+
+
 def test_a_missing_model_is_refused() -> None:
     config = arpo_config(FOLDER).rl_module(model_config={"dtype": "float32"})
     with pytest.raises(ConfigError, match=r"No model.*rl_module\(model_config="):
@@ -405,6 +431,10 @@ def test_a_missing_model_is_refused() -> None:
 
 def test_a_cut_distribution_is_allowed_when_probabilities_are_recomputed() -> None:
     arpo_config(FOLDER).engine(top_p=0.9).training(old_logprobs="recompute").validate()
+
+
+def test_importance_weights_are_allowed_when_probabilities_are_recomputed() -> None:
+    arpo_config(FOLDER).training(tis_cap=2.0, old_logprobs="recompute").validate()
 
 
 @pytest.mark.parametrize(
