@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rllib_arpo.errors import ConfigError
+from rllib_arpo.storage import check_output, write_output
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,6 +71,8 @@ def check(
         "answers": answers,
         "split": split,
     }
+    if json_file is not None:
+        check_output(json_file, flag="--json")
     console = Console(highlight=False)
     with console.status(f"Check {file}") as status:
         num_rows = 0
@@ -86,7 +89,7 @@ def check(
             on_rows=count,
         )
     if json_file is not None:
-        _write(json_file, report)
+        write_output(json_file, json.dumps(report.as_json(), indent=2) + "\n")
     console.print(_table(report))
     for kind in HEADINGS:
         for line in _named(report, kind):
@@ -103,13 +106,6 @@ def _columns(pairs: list[str]) -> dict[str, str]:
             raise ConfigError(f'--column {pair!r}: write it as "question=problem"')
         columns[key] = name
     return columns
-
-
-def _write(file: Path, report: "Report") -> None:
-    try:
-        file.write_text(json.dumps(report.as_json(), indent=2) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--json {file} cannot be written: {error}") from error
 
 
 def _table(report: "Report") -> "Table":

@@ -84,6 +84,7 @@ def export_traces_of_run(
 
     Raises:
         ConfigError: the run kept no trees.
+        CheckpointError: `out` cannot be written.
     """
     files = Run(folder, resume=True).tree_files() if folder.is_dir() else {}
     if not files:
@@ -91,7 +92,6 @@ def export_traces_of_run(
             f"{folder} holds no trees: give the folder of a run, trained with "
             "--save-trees above 0"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
     # The newest weights come first, so that they fill a task's share.
     found = export_traces(
         reversed(files.values()), out, min_reward=min_reward, max_per_task=max_per_task

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from ray import tune
 from ray.tune.experiment import Trial
 
-from rllib_arpo.storage import write_whole
+from rllib_arpo.storage import output_aside, write_output
 
 Row = dict[str, Any]
 # A trial that the scheduler ended has not met the sweep's criterion to stop.
@@ -78,15 +78,21 @@ def sweep_table(
 
 
 def write_table(out: Path, table: SweepTable) -> None:
-    """Write `trials.csv` and `best.json` into `out`."""
+    """Write `trials.csv` and `best.json` into `out`.
+
+    Raises:
+        CheckpointError: one cannot be written.
+    """
     keys = list(dict.fromkeys(key for row in table.rows for key in row))
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "trials.csv").open("w", newline="") as f:
+    with (
+        output_aside(out / "trials.csv") as aside,
+        aside.open("w", newline="", encoding="utf-8") as f,
+    ):
         writer = csv.DictWriter(f, keys)
         writer.writeheader()
         writer.writerows(table.rows)
     best = table.best or {}
-    write_whole(out / "best.json", json.dumps(best, indent=2, default=str) + "\n")
+    write_output(out / "best.json", json.dumps(best, indent=2, default=str) + "\n")
 
 
 def varied_settings(trial: Trial) -> Row:

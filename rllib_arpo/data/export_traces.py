@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rllib_arpo.data.tree_files import read_trees
+from rllib_arpo.storage import output_aside
 from rllib_arpo.tree import Leaf, RolloutTree, path
 
 ROLES = {"model": "assistant", "tool": "tool"}
@@ -44,18 +45,19 @@ def export_traces(
 
     Args:
         files: of `write_trees`; the newest weights first, if there is a cap.
-        out: a .jsonl file, replaced.
+        out: a .jsonl file, replaced; its folder is made.
         min_reward: least reward of a trajectory.
         max_per_task: most rows of one task, the first found; None for all. The same
             text is never written twice.
 
     Raises:
         DataError: a file does not hold trees.
+        CheckpointError: `out` cannot be written; a file before it is intact.
     """
     num_trees = num_trajectories = 0
     per_task: Counter[str] = Counter()
     written: set[str] = set()
-    with out.open("w", encoding="utf-8") as lines:
+    with output_aside(out) as aside, aside.open("w", encoding="utf-8") as lines:
         for tree in (tree for file in files for tree in read_trees(file)):
             num_trees += 1
             num_trajectories += len(tree.leaves)

@@ -20,6 +20,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from rllib_arpo.errors import DataError
 from rllib_arpo.metrics import METRICS_FILE
+from rllib_arpo.storage import output_aside
 from rllib_arpo.tracking.series import (
     TOKEN_RATIO,
     Series,
@@ -145,13 +146,18 @@ def plot_runs(folders: Sequence[Path | str], out: Path | str) -> Path:
 
 
 def save_figure(figure: Figure, out: Path | str) -> Path:
-    """Write a PNG, and an SVG of the same name beside it; return the PNG's path."""
+    """Write a PNG, and an SVG of the same name beside it; return the PNG's path.
+
+    Raises:
+        CheckpointError: one cannot be written.
+    """
     out = Path(out)
     if out.suffix != ".png":
         out = out.with_name(out.name + ".png")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
-    figure.savefig(out.with_suffix(".svg"))
+    with output_aside(out) as aside:
+        figure.savefig(aside, dpi=150, format="png")
+    with output_aside(out.with_suffix(".svg")) as aside:
+        figure.savefig(aside, format="svg")
     return out
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from rllib_arpo.data.tree_files import read_trees
 from rllib_arpo.errors import ConfigError
+from rllib_arpo.storage import write_output
 from rllib_arpo.tracking.viewer_data import (
     CHARS_PER_TOKEN,
     AdvantageSettings,
@@ -82,6 +83,7 @@ def write_view(
     Raises:
         ConfigError: there are no trees.
         DataError: a file of trees cannot be read.
+        CheckpointError: a page cannot be written.
     """
     kept = tree_files(run)
     if iteration is not None and iteration not in kept:
@@ -93,7 +95,6 @@ def write_view(
     settings, decode = advantage_settings(run), decoder(run)
     other_trees = None if compare is None else TreesByTask(tree_files(compare))
     folder = out if out is not None else run / VIEWS
-    folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     for number in kept if iteration is None else [iteration]:
         shown = ShownRun(
@@ -117,7 +118,7 @@ def write_view(
             )
         page = render_trees(shown, other=other, alarms=alarms(run, number))
         file = folder / f"iteration_{number:06d}.html"
-        file.write_text(page, encoding="utf-8")
+        write_output(file, page)
         written.append(file)
     return written
 
