@@ -140,7 +140,7 @@ def test_the_terminal_shows_the_trials_and_which_is_best(swept):
     for row, word in zip(rows, ("starts", "starts", "cannot start"), strict=True):
         assert f"{row['trial']} {word}: lr {float(row['lr']):.3g}" in out
     assert f"{rows[2]['trial']} failed: {rows[2]['error']}" in " ".join(out.split())
-    assert "Invalid learning rate: -1.0" in rows[2]["error"]
+    assert "`lr` (-1.0) must be a number >= 0." in rows[2]["error"]
     table = out[out.index("Trials, best first") :]
     assert [table.index(row["trial"]) for row in rows] == sorted(
         table.index(row["trial"]) for row in rows

@@ -66,7 +66,7 @@ def test_the_best_trials_model_is_the_champion(
     ]
     (failed,) = [r for r in of_trial.values() if r.info.status == "FAILED"]
     assert failed.data.params["lr"] == "-1.0"
-    assert "Invalid learning rate: -1.0" in failed.data.tags["error"]
+    assert "`lr` (-1.0) must be a number >= 0." in failed.data.tags["error"]
     params = of_trial[best_id].data.params
     assert float(params["lr"]) == best.config["lr"]
     assert params["env_config.max_response_tokens"] == "48"
@@ -111,3 +111,34 @@ def test_a_sweep_without_a_server_is_sent_once_there_is_one(
         assert version.run_id == trial.info.run_id
     finally:
         server.kill()
+
+
+def test_a_sweep_takes_the_alias_only_from_a_worse_champion(
+    almanac_model, ray_session, tmp_path
+) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlruns.db'}"
+    client = MlflowClient(uri)
+    client.create_registered_model("tiny")
+    client.create_model_version("tiny", "file:///x", tags={"eval_accuracy": "9"})
+    client.set_registered_model_alias("tiny", "champion", "1")
+    config = arpo_config(almanac_model).evaluation(evaluation_interval=1)
+    callback = TuneMLflowCallback(
+        tmp_path / "sweep",
+        uri=uri,
+        metric="env_runners/reward_mean",
+        registered_model="tiny",
+    )
+    tune.Tuner(
+        "ARPO",
+        param_space=config,
+        run_config=tune.RunConfig(
+            stop={"training_iteration": 1},
+            storage_path=str(tmp_path / "ray"),
+            verbose=0,
+            callbacks=[callback],
+        ),
+    ).fit()
+    second = client.get_model_version("tiny", "2")
+    assert float(second.tags["eval_accuracy"]) < 9
+    assert "env_runners.reward_mean" in second.tags
+    assert str(client.get_model_version_by_alias("tiny", "champion").version) == "1"
