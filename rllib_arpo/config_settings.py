@@ -311,7 +311,7 @@ class ARPOSettings(AlgorithmConfig):
             kl_coeff: weight of the k3 KL to the frozen initial model; 0 loads none.
             entropy_coeff: weight of the entropy bonus.
             tis_cap: upper bound of truncated importance weights between sampler and
-                learner; None = off.
+                learner, for `old_logprobs="recompute"`; None = off.
             old_logprobs: "rollout" takes the sampler's log-probabilities as the
                 denominator of the ratio, "recompute" a forward pass of the learner.
             loss_aggregation: "token_mean" or "sequence_mean".
