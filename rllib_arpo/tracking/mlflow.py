@@ -17,6 +17,7 @@ import atexit
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ class MLflowCallback(RLlibCallback):
         )
         if self._system_metrics:
             self._system = SystemMetrics(self.buffer)
-        atexit.register(self.close)
+        atexit.register(self._close_at_exit)
 
     def on_train_result(
         self,
@@ -161,7 +162,7 @@ class MLflowCallback(RLlibCallback):
 
         What it lacks is sent by the next training in the folder.
         """
-        atexit.unregister(self.close)
+        atexit.unregister(self._close_at_exit)
         if self._system is not None:
             self._system.stop()
         buffer, self.buffer = self.buffer, None
@@ -169,6 +170,9 @@ class MLflowCallback(RLlibCallback):
             return True
         buffer.add("status", {"status": status})
         return buffer.close(timeout_s)
+
+    def _close_at_exit(self) -> None:
+        self.close(status=status_at_exit())
 
     def _log_trees(self, record: Record, trees: Any) -> None:
         assert self.buffer is not None
@@ -204,6 +208,18 @@ class MLflowCallback(RLlibCallback):
         for older in folders.iterdir():
             if older != folder:
                 shutil.rmtree(older, ignore_errors=True)
+
+
+def status_at_exit() -> str:
+    """How a process ends, for MLflow: by an exception that nobody caught, or well.
+
+    `sys.exit` with any number counts as well.
+    """
+    # 3.12 adds `last_exc`, and sets `last_value` as before.
+    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    if error is None:
+        return "FINISHED"
+    return "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
 
 
 def save_agent_of(algorithm: Any, folder: Path) -> None:
