@@ -25,9 +25,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rllib_arpo.errors import ARPOError
-from rllib_arpo.storage import write_whole
+from rllib_arpo.storage import ASIDE, write_whole
 from rllib_arpo.tracking.mlflow_outbox import Outbox
-from rllib_arpo.tracking.mlflow_store import EXPERIMENT, answers, tracking_uri
+from rllib_arpo.tracking.mlflow_store import (
+    EXPERIMENT,
+    answers,
+    tracking_uri,
+    without_passwords,
+)
 
 if TYPE_CHECKING:
     from rllib_arpo.tracking.mlflow_sender import Sender
@@ -88,7 +93,7 @@ class Buffer:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / SPEC_FILE
         if not file.exists():
-            write_whole(file, json.dumps(asdict(spec or RunSpec())))
+            _write_spec(file, spec or RunSpec())
         self.spec = RunSpec(**json.loads(file.read_text()))
         self._outbox = Outbox(self.folder)
         self._gather_s = gather_s
@@ -145,7 +150,7 @@ class Buffer:
                 logger.warning(
                     "what is logged for MLflow at %s cannot be kept in %s and is "
                     "dropped until it can: %s. Free some space there.",
-                    self.spec.uri,
+                    without_passwords(self.spec.uri),
                     self.folder,
                     error,
                 )
@@ -170,7 +175,7 @@ class Buffer:
         if self._num_dropped:
             logger.warning(
                 "MLflow at %s lacks %d lines that %s could not keep",
-                self.spec.uri,
+                without_passwords(self.spec.uri),
                 self._num_dropped,
                 self.folder,
             )
@@ -179,7 +184,7 @@ class Buffer:
                 "MLflow at %s is away: what it lacks waits in %s and is sent by the "
                 "next run in this folder or by "
                 "rllib_arpo.tracking.mlflow_buffer.send_later",
-                self.spec.uri,
+                without_passwords(self.spec.uri),
                 self.folder,
             )
         return done
@@ -205,7 +210,11 @@ class Buffer:
                 failures += 1
                 self._wake.set()
                 log = logger.warning if failures == 1 else logger.debug
-                log("MLflow at %s does not answer: %s", self.spec.uri, error)
+                log(
+                    "MLflow at %s does not answer: %s",
+                    without_passwords(self.spec.uri),
+                    without_passwords(error),
+                )
             self._hurry.wait(pause)
 
     def _after(self, failures: int) -> "Sender | None":
@@ -252,6 +261,14 @@ def read_run_id(folder: str | Path) -> str | None:
 def send_later(folder: str | Path, *, timeout_s: float = 60.0) -> bool:
     """Send what a process that ended has left; whether MLflow has everything."""
     return Buffer(folder).close(timeout_s)
+
+
+def _write_spec(file: Path, spec: RunSpec) -> None:
+    """For its owner alone: the store's URI may hold a password."""
+    aside = file.with_name(file.name + ASIDE)
+    aside.unlink(missing_ok=True)
+    aside.touch(mode=0o600)  # whose permissions `write_whole` keeps
+    write_whole(file, json.dumps(asdict(spec)))
 
 
 def _parsed(lines: Sequence[bytes]) -> list[dict[str, Any]]:

@@ -17,7 +17,11 @@ from typing import Any
 from rllib_arpo.errors import CheckpointError, ConfigError
 from rllib_arpo.storage import write_whole
 from rllib_arpo.tracking.mlflow_buffer import RUN_ID_FILE, RunSpec, read_run_id
-from rllib_arpo.tracking.mlflow_store import experiment_id, open_client
+from rllib_arpo.tracking.mlflow_store import (
+    experiment_id,
+    open_client,
+    without_passwords,
+)
 from rllib_arpo.tracking.mlflow_traces import send_trace
 from rllib_arpo.tracking.registry import register_model
 
@@ -236,7 +240,8 @@ class Sender:
         log = logger.debug if self._has_refused else logger.warning
         self._has_refused = True
         file = self._folder / REFUSED_FILE
-        log("MLflow refuses what was logged, see %s: %s", file, error)
+        reason = without_passwords(error)
+        log("MLflow refuses what was logged, see %s: %s", file, reason)
         with suppress(OSError), file.open("a") as opened:
             if opened.tell() < MAX_REFUSED_BYTES:
                 opened.writelines(json.dumps(line) + "\n" for line in lines)

@@ -5,6 +5,7 @@ their files in `mlruns/` beside it.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ PATIENCE = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
 }
+_PASSWORD = re.compile(r"(?<=://)([^\s:/@]*):\S*@")
+_PASSWORD_OPTION = re.compile(r"([?&]\w*password=)[^\s&]*", re.IGNORECASE)
 
 
 def tracking_uri(uri: str | None = None) -> str:
@@ -41,6 +44,11 @@ def open_client(uri: str | None = None) -> "MlflowClient":
     return MlflowClient(
         tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri
     )
+
+
+def without_passwords(said: object) -> str:
+    """A URI, or a text with some, for people: `scheme://user:***@host`."""
+    return _PASSWORD_OPTION.sub(r"\1***", _PASSWORD.sub(r"\1:***@", str(said)))
 
 
 def seconds_to_wait(uri: str) -> float:

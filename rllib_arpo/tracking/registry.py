@@ -18,7 +18,12 @@ from urllib.parse import urlsplit
 
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.tracking.fetched_models import fetched_model
-from rllib_arpo.tracking.mlflow_store import EXPERIMENT, experiment_id, open_client
+from rllib_arpo.tracking.mlflow_store import (
+    EXPERIMENT,
+    experiment_id,
+    open_client,
+    without_passwords,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -195,4 +200,4 @@ def _store_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError) as error:
-        raise ConfigError(f"{what} (MLflow): {error}") from error
+        raise ConfigError(f"{what} (MLflow): {without_passwords(error)}") from error
