@@ -7,7 +7,8 @@
 
 An answer never waits for MLflow: it is put into a queue, and a thread does the rest.
 Where the queue is full, because the server is away or slower than the answers come,
-answers are dropped and counted.
+answers are dropped and counted. One that a server which answers does not take, such as
+one too large for a proxy in front of it, is given up, so that it holds up no others.
 """
 
 import logging
@@ -21,7 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 from rllib_arpo.serving.answer_log import AnswerLog
 from rllib_arpo.serving.events import TurnReport
-from rllib_arpo.tracking.mlflow_store import EXPERIMENT, experiment_id, open_client
+from rllib_arpo.tracking.mlflow_store import (
+    EXPERIMENT,
+    answers,
+    experiment_id,
+    open_client,
+    without_passwords,
+)
 from rllib_arpo.tracking.mlflow_traces import NS, TraceSpan, send_trace, token_usage
 
 if TYPE_CHECKING:
@@ -33,6 +40,8 @@ logger = logging.getLogger(__name__)
 MAX_WAITING = 128
 MAX_TEXT_CHARS = 20_000
 RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+# Of one trace, before the server is asked whether it answers at all.
+MAX_FAILURES = 3
 # Of MLflow's errors, those that a second try would meet again.
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS")
 HUNG_UP = "nobody waited for the answer any more"
@@ -68,6 +77,7 @@ class AnswerTraces:
         self._queue: queue.Queue[AnswerLog | None] = queue.Queue(max_waiting)
         self._client: tuple[MlflowClient, str] | None = None
         self._counts = {SENT: 0, DROPPED: 0, REFUSED: 0}
+        self._place = without_passwords(uri)
         self._closing = threading.Event()
         self._idle = threading.Condition()
         self._thread = threading.Thread(
@@ -106,7 +116,7 @@ class AnswerTraces:
         try:
             self._queue.put_nowait(None)
         except queue.Full:
-            logger.debug("MLflow at %s lacks the last answers", self._uri)
+            logger.debug("MLflow at %s lacks the last answers", self._place)
 
     def _run(self) -> None:
         while (log := self._queue.get()) is not None and not self._closing.is_set():
@@ -119,7 +129,7 @@ class AnswerTraces:
         from mlflow.exceptions import MlflowException
 
         trace: dict[str, Any] | None = None
-        failures = 0
+        failures, is_last_try = 0, False
         while not self._closing.is_set():
             try:
                 client, experiment = self._opened()
@@ -130,15 +140,27 @@ class AnswerTraces:
                 return
             except Exception as error:  # boundary: tracing never fails an answer
                 away = isinstance(error, MlflowException | OSError)
-                if not away or getattr(error, "error_code", "") in REFUSALS:
-                    self._counts[REFUSED] += 1
-                    logger.warning("a served answer is not traced: %r", error)
+                refused = getattr(error, "error_code", "") in REFUSALS
+                if refused or is_last_try or not away:
+                    self._give_up(error)
                     return
                 self._client = None
                 failures += 1
-                log_it = logger.warning if failures == 1 else logger.debug
-                log_it("MLflow at %s does not answer: %s", self._uri, error)
+                is_last_try = failures >= MAX_FAILURES and answers(self._uri)
+                warns = failures == MAX_FAILURES and not is_last_try
+                log_it = logger.warning if warns else logger.debug
+                reason = without_passwords(error)
+                log_it("MLflow at %s does not answer: %s", self._place, reason)
                 self._closing.wait(RETRY_S[min(failures, len(RETRY_S)) - 1])
+
+    def _give_up(self, error: Exception) -> None:
+        self._counts[REFUSED] += 1
+        log = logger.warning if self._counts[REFUSED] == 1 else logger.debug
+        log(
+            "MLflow at %s takes no trace of a served answer: %s. Such answers are "
+            "counted as `%s` and not warned of again.",
+            *(self._place, without_passwords(repr(error)), REFUSED),
+        )
 
     def _opened(self) -> "tuple[MlflowClient, str]":
         if self._client is None:
@@ -151,7 +173,11 @@ def answer_trace(log: AnswerLog) -> dict[str, Any]:
     """A trace of an answer, as `send_trace` takes it."""
     root = TraceSpan(parent_id=None, name="answer", span_type="AGENT")
     root.end = int(log.seconds * NS)
-    root.inputs = {"messages": [_message(one) for one in log.messages]}
+    root.inputs = {
+        "messages": [
+            _all_clipped(one.model_dump(exclude_none=True)) for one in log.messages
+        ]
+    }
     root.attributes = {"model": log.model, "request_id": log.request_id}
     if log.finished is None:
         root.failed = True
@@ -168,7 +194,7 @@ def answer_trace(log: AnswerLog) -> dict[str, Any]:
             "completion_tokens": log.finished.usage.completion_tokens,
         }
     spans = [root]
-    read: Any = root.inputs
+    read: Any = None  # the messages, which the root has
     for report, end_s in log.turns:
         spans += _turn_spans(report, int(end_s * NS), root.span_id, read)
         read = {"tool_result": _clipped(report.tool_result)}
@@ -210,11 +236,15 @@ def _turn_spans(
     return [turn, tool]
 
 
-def _message(message: Any) -> dict[str, Any]:
-    dumped = message.model_dump(exclude_none=True)
-    if isinstance(dumped.get("content"), str):
-        dumped["content"] = _clipped(dumped["content"])
-    return dumped
+def _all_clipped(value: Any) -> Any:
+    """The same with every text in it clipped, however deep."""
+    if isinstance(value, str):
+        return _clipped(value)
+    if isinstance(value, list):
+        return [_all_clipped(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _all_clipped(one) for name, one in value.items()}
+    return value
 
 
 def _clipped(text: str | None) -> str | None:
