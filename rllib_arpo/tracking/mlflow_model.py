@@ -9,6 +9,7 @@ model as it is; the code is that of the installed package.
 """
 
 import asyncio
+import os
 import shutil
 import tempfile
 import threading
@@ -36,6 +37,9 @@ _NAME = "agent"
 def save_model(folder: str | Path, path: str | Path) -> Path:
     """Write an MLflow model that holds an agent's folder.
 
+    Its files are hard links where the file system has them, and copies elsewhere: they
+    are not to be changed.
+
     Args:
         folder: Hugging Face files, with `agent.pkl` if it is to answer with tools.
         path: made; must not be there.
@@ -44,20 +48,42 @@ def save_model(folder: str | Path, path: str | Path) -> Path:
         `path`.
     """
     from mlflow import pyfunc
+    from mlflow.models import Model
+    from mlflow.models.model import MLMODEL_FILE_NAME
 
+    path = Path(path)
+    model = Model()
     with tempfile.TemporaryDirectory() as scratch:
-        # The name of the data in the model is that of the folder.
-        data = Path(scratch) / _NAME
-        shutil.copytree(folder, data)
+        # MLflow would copy the weights. The data's name is that of the folder.
+        empty = Path(scratch) / _NAME
+        empty.mkdir()
         pyfunc.save_model(
             str(path),
             loader_module=__name__,
-            data_path=str(data),
+            data_path=str(empty),
+            mlflow_model=model,
             signature=signature(),
             input_example=INPUT_EXAMPLE,
             pip_requirements=[f"{name}=={version(name)}" for name in PACKAGES],
         )
-    return Path(path)
+    shutil.copytree(
+        folder,
+        path / "data" / _NAME,
+        ignore=shutil.ignore_patterns("__pycache__"),
+        copy_function=_link_or_copy,
+        dirs_exist_ok=True,
+    )
+    files = (file for file in path.rglob("*") if file.is_file())
+    model.model_size_bytes = sum(file.stat().st_size for file in files)
+    model.save(str(path / MLMODEL_FILE_NAME))
+    return path
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
 
 
 def signature() -> "ModelSignature":

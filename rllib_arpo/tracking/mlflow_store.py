@@ -6,6 +6,9 @@ their files in `mlruns/` beside it.
 
 import os
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +27,8 @@ PATIENCE = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
 }
+# For one file: a server in between answers when its own store has all of it.
+UPLOAD_TIMEOUT_S = 600
 _PASSWORD = re.compile(r"(?<=://)([^\s:/@]*):\S*@")
 _PASSWORD_OPTION = re.compile(r"([?&]\w*password=)[^\s&]*", re.IGNORECASE)
 
@@ -49,6 +54,49 @@ def open_client(uri: str | None = None) -> "MlflowClient":
 def without_passwords(said: object) -> str:
     """A URI, or a text with some, for people: `scheme://user:***@host`."""
     return _PASSWORD_OPTION.sub(r"\1***", _PASSWORD.sub(r"\1:***@", str(said)))
+
+
+class _Uploads:
+    """Those of this process that are under way."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num = 0
+        self._before: str | None = None
+
+    def begin(self) -> None:
+        from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT as TIMEOUT
+
+        with self._lock:
+            self._num += 1
+            if self._num == 1:
+                self._before = TIMEOUT.get_raw()
+                TIMEOUT.set(max(TIMEOUT.get(), UPLOAD_TIMEOUT_S))
+
+    def end(self) -> None:
+        from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT as TIMEOUT
+
+        with self._lock:
+            self._num -= 1
+            if self._num == 0:
+                TIMEOUT.unset() if self._before is None else TIMEOUT.set(self._before)
+
+
+_UPLOADS = _Uploads()
+
+
+@contextmanager
+def uploading() -> Iterator[None]:
+    """Wait for a store as long as a large file needs.
+
+    MLflow reads its timeout from the environment at every request, so that it is longer
+    for all threads until the last upload of the process ends. Training waits for none.
+    """
+    _UPLOADS.begin()
+    try:
+        yield
+    finally:
+        _UPLOADS.end()
 
 
 def seconds_to_wait(uri: str) -> float:

@@ -9,7 +9,7 @@ answers through `mlflow models serve` too, see `mlflow_model.py`.
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from rllib_arpo.tracking.mlflow_store import (
     EXPERIMENT,
     experiment_id,
     open_client,
+    uploading,
     without_passwords,
 )
 
@@ -172,14 +173,22 @@ def _local(client: "MlflowClient", name: str, version: str) -> Path:
 def _log_model(
     client: "MlflowClient", saved: Path, name: str, run_id: str | None
 ) -> tuple[str, str]:
-    """Put a saved model into the store; its id and its place there."""
+    """Put a saved model into the store, or leave none; its id and its place there."""
+    from mlflow.exceptions import MlflowException
+
     if run_id is None:
         experiment = experiment_id(client, EXPERIMENT)
     else:
         experiment = client.get_run(run_id).info.experiment_id
     logged = client.create_logged_model(experiment, name=name, source_run_id=run_id)
-    client.log_model_artifacts(logged.model_id, str(saved))
-    client.finalize_logged_model(logged.model_id, "READY")
+    try:
+        with uploading():
+            client.log_model_artifacts(logged.model_id, str(saved))
+        client.finalize_logged_model(logged.model_id, "READY")
+    except BaseException:
+        with suppress(MlflowException, OSError):
+            client.delete_logged_model(logged.model_id)
+        raise
     return logged.model_id, logged.artifact_location
 
 
