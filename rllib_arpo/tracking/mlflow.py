@@ -9,6 +9,12 @@ checkpoints and the model are (nothing is copied), some trees as traces, and the
 of the best evaluation, registered. All of it goes through a buffer on disk, see
 `mlflow_buffer.py`: a server that is away never stops training.
 
+Each run registers the model of its best evaluation so far. The alias `champion`, which
+servers may follow, moves to it only if its accuracy is higher than the one that the
+champion's tag `eval_accuracy` says, whichever run that came from, or if there is no
+champion or none with such a tag. Accuracies on different tasks do not compare: give
+each task a name of its own, `registered_model="almanac"`.
+
 Iterations that a killed run makes again after its last checkpoint are logged again:
 MLflow deletes no value of a metric, and shows both of a step.
 """
@@ -56,8 +62,8 @@ class MLflowCallback(RLlibCallback):
         tags: further ones.
         num_traced_trees: of the saved trees of an iteration, to become traces. It has
             no effect beyond `num_saved_trees` of the config.
-        registered_model: name under which the best evaluation's model is registered;
-            None registers none.
+        registered_model: name under which the best evaluation's model is registered,
+            one for each task; None registers none.
         data_files: their hashes become tags.
         system_metrics: whether the machine's load is tracked.
     """
@@ -197,6 +203,7 @@ class MLflowCallback(RLlibCallback):
                 "folder": str(folder),
                 "name": self._registered_model,
                 "alias": CHAMPION,
+                "measures": [(EVAL_ACCURACY, "max")],
                 "tags": {
                     "iteration": str(record["iteration"]),
                     EVAL_ACCURACY: f"{accuracy:.4f}",

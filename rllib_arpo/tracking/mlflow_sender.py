@@ -23,7 +23,7 @@ from rllib_arpo.tracking.mlflow_store import (
     without_passwords,
 )
 from rllib_arpo.tracking.mlflow_traces import send_trace
-from rllib_arpo.tracking.registry import register_model
+from rllib_arpo.tracking.registry import move_alias_to_better, register_model
 
 logger = logging.getLogger(__name__)
 
@@ -185,21 +185,22 @@ class Sender:
         if not Path(line["folder"]).is_dir():
             return  # a better one came before this one was sent
         mark = _mark({name: line[name] for name in line if name != "time_ms"})
-        version = self._version_of(line["name"], mark)
-        if version is not None:
-            if line["alias"] is not None:
-                self._client.set_registered_model_alias(
-                    line["name"], line["alias"], version
-                )
-            return
-        register_model(
+        version = self._version_of(line["name"], mark) or register_model(
             line["folder"],
             line["name"],
-            alias=line["alias"],
+            alias=None,
             run_id=self._run_id,
             tags={**line["tags"], LINE_TAG: mark},
             uri=self._spec.uri,
         )
+        if line["alias"] is not None:
+            move_alias_to_better(
+                self._client,
+                line["name"],
+                line["alias"],
+                version,
+                line.get("measures", ()),
+            )
 
     def _version_of(self, name: str, mark: str) -> str | None:
         """Of a line that was sent before; None: it was not."""

@@ -12,6 +12,11 @@ of all of RLlib's, the settings that the user set instead of all, through a buff
 disk, and at the end the model of the best trial, registered. It runs in the process of
 the Tuner; trials need no MLflow. Their trees become traces where their config has the
 callback `TrialTraces`, see `trial_traces.py`.
+
+The alias `champion` moves to that model by the rule of `mlflow.py`: a champion with an
+evaluation accuracy gives way only to a higher one, and one without, of another sweep
+by the same metric, only to a better value of that. `registered_model` is to be a name
+of its own for each task.
 """
 
 import logging
@@ -28,7 +33,7 @@ from rllib_arpo.arpo import ARPO
 from rllib_arpo.errors import ARPOError
 from rllib_arpo.runs import record_of
 from rllib_arpo.sweep_table import at, is_number, one_line, varied_settings
-from rllib_arpo.tracking.mlflow import log_record
+from rllib_arpo.tracking.mlflow import EVAL_ACCURACY, log_record
 from rllib_arpo.tracking.mlflow_buffer import SPEC_FILE, Buffer, RunSpec, send_later
 from rllib_arpo.tracking.mlflow_facts import file_tags, git_tags, parameters
 from rllib_arpo.tracking.mlflow_store import (
@@ -61,7 +66,7 @@ class TuneMLflowCallback(MLflowLoggerCallback):
         metric: of Tune, decides which trial is best; None: none is.
         mode: "max" or "min" of `metric`.
         registered_model: name under which the best trial's newest checkpoint is
-            registered at the end; None registers none.
+            registered at the end, one for each task; None registers none.
     """
 
     def __init__(
@@ -226,6 +231,12 @@ class TuneMLflowCallback(MLflowLoggerCallback):
         except (OSError, ARPOError) as error:
             logger.warning("the best trial's model is not registered: %s", error)
             return
+        metric = _name(self._metric or "")
+        record = record_of(saved.metrics, stage=str(trial.trainable_name))
+        measured = {
+            metric: at(saved.metrics, self._metric or ""),
+            EVAL_ACCURACY: record.get(EVAL_ACCURACY),
+        }
         self._add(
             trial,
             "model",
@@ -233,12 +244,15 @@ class TuneMLflowCallback(MLflowLoggerCallback):
                 "folder": str(folder),
                 "name": self._registered_model,
                 "alias": CHAMPION,
+                "measures": [(EVAL_ACCURACY, "max"), (metric, self._mode or "max")],
                 "tags": {
-                    "iteration": str(saved.metrics["training_iteration"]),
+                    "iteration": str(record["iteration"]),
                     "trial_id": trial.trial_id,
-                    _name(self._metric or ""): (
-                        f"{at(saved.metrics, self._metric or ''):.4f}"
-                    ),
+                    **{
+                        name: f"{value:.4f}"
+                        for name, value in measured.items()
+                        if is_number(value)
+                    },
                 },
             },
         )

@@ -7,8 +7,10 @@ A registered model holds a Hugging Face folder with `agent.pkl` beside the weigh
 answers through `mlflow models serve` too, see `mlflow_model.py`.
 """
 
+import logging
+import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +30,8 @@ from rllib_arpo.tracking.mlflow_store import (
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
 
 SCHEME = "models:/"
 CHAMPION = "champion"
@@ -98,6 +102,60 @@ def register_model(
         if alias is not None:
             client.set_registered_model_alias(name, alias, str(version))
     return str(version)
+
+
+def move_alias_to_better(
+    client: "MlflowClient",
+    name: str,
+    alias: str,
+    version: str,
+    measures: Sequence[tuple[str, str]],
+) -> None:
+    """Move an alias to a version, unless that which has it is as good.
+
+    Args:
+        client: of the registry.
+        name: of the registered model.
+        alias: such as "champion".
+        version: that may take it.
+        measures: tags of versions, each with "max" or "min". The first that the alias'
+            present version has as a number decides. Where it has none, as when it was
+            registered by hand, the alias moves.
+
+    Raises:
+        MlflowException: the server is away, or refuses it.
+    """
+    present = client.get_registered_model(name).aliases.get(alias)
+    if present is not None:
+        before = client.get_model_version(name, str(present)).tags
+        after = client.get_model_version(name, version).tags
+        for tag, mode in measures:
+            to_beat, reached = _number(before.get(tag)), _number(after.get(tag))
+            if to_beat is None:
+                continue
+            if reached is None or not _is_better(reached, to_beat, mode):
+                logger.info(
+                    "version %s of %r is registered; %s stays at version %s, whose %s "
+                    "is %s and not %s",
+                    *(version, name, alias, present),
+                    *(tag, before[tag], after.get(tag)),
+                )
+                return
+            break
+    client.set_registered_model_alias(name, alias, version)
+
+
+def _is_better(reached: float, to_beat: float, mode: str) -> bool:
+    return reached > to_beat if mode == "max" else reached < to_beat
+
+
+def _number(text: str | None) -> float | None:
+    """Of a tag, which anybody may have written; None: it is no finite number."""
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def fetch_model(uri: str) -> FetchedModel:
