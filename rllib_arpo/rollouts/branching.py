@@ -10,6 +10,9 @@ Where this differs from the paper (arXiv:2507.19849, section 3.1) or its code:
 3. A branch starts where the entropy was measured, at the end of the tool result;
    the released code branches after the next one.
 4. Random rules draw from a seed of the tree, never from global state.
+5. A refused call (none left, no such tool, not readable) is no tool result: nothing
+   was executed, and the path does not branch there. The released code ends a path
+   at its limit, and does not see the others as calls.
 """
 
 import math
@@ -34,7 +37,7 @@ class BranchPoint:
         base: α.
         threshold: τ.
         drawn: a uniform number in [0, 1), seeded by tree, path and turn.
-        num_tool_calls: tool calls on this path so far.
+        num_tool_calls: executed tool calls on this path so far.
     """
 
     entropy: float
@@ -137,15 +140,14 @@ def mean_entropy(entropies: np.ndarray, *, num_tokens: int, vocab_size: int) -> 
         H = (1/k) Σ_{t≤k} H_t / ln V        ARPO, arXiv:2507.19849, section 3.1
 
     Args:
-        entropies: [T] nats.
+        entropies: [T] nats, at least one.
         num_tokens: k; a shorter segment gives the mean over what it has.
         vocab_size: V, at least 2.
 
     Returns:
-        A number in [0, 1]; 0 for an empty segment.
+        A number in [0, 1].
     """
-    probe = entropies[:num_tokens]
-    return float(probe.mean()) / math.log(vocab_size) if len(probe) else 0.0
+    return float(entropies[:num_tokens].mean()) / math.log(vocab_size)
 
 
 def branch_probability(entropy_change: float, *, base: float, weight: float) -> float:

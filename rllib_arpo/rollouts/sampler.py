@@ -7,6 +7,7 @@ path in a slow tool holds nobody, and the engine batches whatever is in flight.
 1. N paths start at the prompt.
 2. When the first k tokens after a tool result are out, the rule decides whether the
    path branches there; a branch is a fork of the environment and a new coroutine.
+   Where the model cannot write a token nothing is measured and nothing decided.
 3. When all paths have ended and leaves are left over, they start at the prompt, all
    at once.
 
@@ -190,7 +191,7 @@ class _Grower:
         measured = False
         async for chunk in self.engine.generate(request):
             chunks.append(chunk)
-            if not measured:
+            if not measured and len(chunk.entropies):
                 # The first chunk holds k tokens, or the whole turn if it is shorter.
                 measured = True
                 entropy = mean_entropy(
@@ -300,7 +301,8 @@ class _Grower:
         path.token_ids = np.concatenate(
             [path.token_ids, sampled.token_ids, observation]
         )
-        path.after_tool = turn.tool_call is not None
+        call = turn.tool_call
+        path.after_tool = call is not None and call.status != "refused"
         path.num_tool_calls += path.after_tool
         path.turn += 1
         return False

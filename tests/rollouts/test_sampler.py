@@ -286,6 +286,58 @@ def test_a_rule_of_the_user_sees_the_point_and_decides():
     assert sum(wanted) == sum(p.num_tool_calls == 2 for p in seen)
 
 
+def always(initial: int, size: int) -> TreeSettings:
+    return TreeSettings(
+        group_size=size,
+        num_initial_rollouts=initial,
+        branch_rule=BRANCH_RULES["always"],
+    )
+
+
+def test_a_refused_call_is_no_tool_result_to_branch_after():
+    class Refusing(ToyEnv):
+        """Refuses every call but the second of a path."""
+
+        def fork(self):
+            other = Refusing(self.ledger, max_tokens=self.max_tokens)
+            other.history = self.history
+            return other
+
+        async def step_async(self, action):
+            before = self.history.count(CALL)
+            result, *middle, info = await super().step_async(action)
+            call = info["turn"].tool_call
+            if call is not None and before != 1:
+                refused = replace(call, status="refused", num_attempts=0)
+                info = {"turn": replace(info["turn"], tool_call=refused)}
+            return result, *middle, info
+
+    seen = []
+
+    def rule(point):
+        seen.append(point.num_tool_calls)
+        return True
+
+    calls = [turn(20, CALL, entropy=1.0) for _ in range(3)]
+    engine = ScriptedEngine([*calls, *[turn(30, ANSWER)] * 3])
+    shape = replace(always(initial=1, size=2), branch_rule=rule)
+    tree = grow(engine, Refusing(), shape)
+    refused = [s.tool_call.status == "refused" for s in tree.segments if s.tool_call]
+    assert sorted(refused) == [False, True, True]
+    assert seen == [1]  # the second call alone was made
+    (decided,) = [s for s in tree.segments if s.branch is not None]
+    assert tree.segments[decided.parent].tool_call.status == "ok"
+
+
+def test_a_turn_without_a_token_is_not_measured_and_does_not_branch():
+    # The engine has no room left after the result: its turn is empty.
+    replies = [turn(20, CALL, entropy=1.0), turn(), turn(30, ANSWER)]
+    tree = grow(ScriptedEngine(replies), ToyEnv(), always(initial=1, size=2))
+    assert all(segment.branch is None for segment in tree.segments)
+    assert [leaf.origin for leaf in tree.leaves] == ["initial", "refill"]
+    assert [leaf.end for leaf in tree.leaves] == ["length", "answer"]
+
+
 def test_a_call_whose_result_did_not_fit_still_stands_in_the_tree():
     class NoRoom(ToyEnv):
         """The result would leave the model no token, so the episode ends without."""

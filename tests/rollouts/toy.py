@@ -63,8 +63,9 @@ class ToyEnv:
     async def step_async(self, action):
         self.history += tuple(action.tolist())
         turn = Turn(text="turn")
-        if self.remaining_tokens <= 1 or action[-1] != CALL:
-            done = bool(action[-1] == ANSWER)
+        last = action[-1] if len(action) else None
+        if self.remaining_tokens <= 1 or last != CALL:
+            done = bool(last == ANSWER)
             self.ledger.finish_times[self.history] = asyncio.get_running_loop().time()
             return np.zeros(0, np.int32), float(done), done, not done, {"turn": turn}
         self.ledger.calls.append(self.history)
