@@ -38,6 +38,7 @@ from rllib_arpo.errors import DataError, EngineError
 from rllib_arpo.learner.training_data import TreeTrainingData
 from rllib_arpo.metrics import (
     DYNAMIC_SAMPLING_ROUNDS,
+    SOMETIMES,
     refuse_outage,
     tree_metrics,
 )
@@ -289,6 +290,9 @@ class ARPO(WeightSync, Checkpoints, Algorithm):
         logger = MetricsLogger(root=False)
         for name, value in values.items():
             logger.log_value(name, value, window=1)
+        for name in SOMETIMES - values.keys():
+            # RLlib goes on with NaN under a key of an earlier iteration.
+            self.metrics.delete(*results_key, name, key_error=False)
         # RLlib's `evaluate` reads what was aggregated last, not what was logged.
         self.metrics.aggregate([logger.reduce()], key=results_key)
         refuse_outage(values, self.config.max_tool_failure_share)

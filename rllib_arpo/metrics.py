@@ -61,6 +61,10 @@ WEIGHT_PROBE_ERROR = "weight_probe_error"
 ENGINE_STEP_TIME_S = "step_time_s"
 ENGINE_SAMPLE_TIME_S = "sample_time_s"
 
+# Left out where there is nothing to average: no call, no decision.
+SOMETIMES = frozenset(
+    {TOOL_FAILURE_SHARE, TOOL_ERROR_SHARE, TOOL_LATENCY_S, BRANCH_WANTED_SHARE}
+)
 # A share of a handful of calls says nothing about an outage.
 MIN_CALLS_FOR_OUTAGE = 20
 
@@ -78,6 +82,7 @@ def tree_metrics(
     Returns:
         A flat dict. Entropies are in nats; shares lie in [0, 1]; "per trajectory"
         counts a shared segment once for each leaf below it, totals count it once.
+        Those of `SOMETIMES` are left out where there is nothing to average.
     """
     leaves = [(tree, leaf) for tree in trees for leaf in tree.leaves]
     paths = [[tree.segments[i] for i in path(tree, leaf)] for tree, leaf in leaves]
@@ -88,7 +93,14 @@ def tree_metrics(
     after, elsewhere = _split_entropies(trees, entropy_probe_tokens)
     rewards = np.array([leaf.reward for _, leaf in leaves])
     model_tokens = [len(s.token_ids) for s in segments if s.role == "model"]
+    sometimes = {
+        TOOL_FAILURE_SHARE: [c.status in ("unavailable", "timeout") for c in executed],
+        TOOL_ERROR_SHARE: [call.status == "error" for call in executed],
+        TOOL_LATENCY_S: [call.latency_s for call in executed],
+        BRANCH_WANTED_SHARE: [decision.wanted > 0 for decision in decisions],
+    }
     return {
+        **{name: _mean(values) for name, values in sometimes.items() if values},
         REWARD_MEAN: float(rewards.mean()),
         EPISODE_RETURN_MEAN: float(rewards.mean()),
         REWARD_STD: float(rewards.std()),
@@ -102,11 +114,6 @@ def tree_metrics(
         EPISODE_LEN_MEAN: _mean([sum(s.role == "model" for s in p) for p in paths]),
         TOOL_CALLS_PER_TRAJECTORY: _mean([count_tool_calls(p) for p in paths]),
         NUM_TOOL_CALLS: float(len(executed)),
-        TOOL_FAILURE_SHARE: _mean(
-            [call.status in ("unavailable", "timeout") for call in executed]
-        ),
-        TOOL_ERROR_SHARE: _mean([call.status == "error" for call in executed]),
-        TOOL_LATENCY_S: _mean([call.latency_s for call in executed]),
         ENTROPY_AFTER_TOOL: _mean(after),
         ENTROPY_ELSEWHERE: _mean(elsewhere),
         BRANCHES_PER_TREE: sum(leaf.origin == "branch" for _, leaf in leaves)
@@ -114,7 +121,6 @@ def tree_metrics(
         REFILLS_PER_TREE: sum(leaf.origin == "refill" for _, leaf in leaves)
         / len(trees),
         NUM_BRANCH_DECISIONS: float(len(decisions)),
-        BRANCH_WANTED_SHARE: _mean([decision.wanted > 0 for decision in decisions]),
         DEGENERATE_GROUP_SHARE: _mean([np.ptp(tree.rewards) == 0 for tree in trees]),
         RESPONSE_TOKENS: _mean([sum(len(s.token_ids) for s in p[1:]) for p in paths]),
         NUM_TOKENS_SAMPLED: float(sum(model_tokens)),
@@ -133,7 +139,7 @@ def refuse_outage(values: Mapping[str, float], max_share: float | None) -> None:
     Raises:
         ToolOutageError: too large a share of the calls failed.
     """
-    share, calls = values[TOOL_FAILURE_SHARE], int(values[NUM_TOOL_CALLS])
+    share, calls = values.get(TOOL_FAILURE_SHARE, 0.0), int(values[NUM_TOOL_CALLS])
     if max_share is not None and calls >= MIN_CALLS_FOR_OUTAGE and share > max_share:
         raise ToolOutageError(
             f"{share:.0%} of {calls} tool calls failed or timed out, more than "
@@ -163,5 +169,5 @@ def _follows_tool(tree: RolloutTree, segment: Segment) -> bool:
 
 
 def _mean(values: Sequence[float | bool]) -> float:
-    """Mean, 0 for nothing: a share of no calls, an entropy of no tokens."""
+    """Mean, 0 for nothing: an entropy of no tokens."""
     return float(np.mean(values)) if len(values) else 0.0

@@ -155,9 +155,11 @@ class Console:
             ("entropy elsewhere, nats", "sampled", ENTROPY_ELSEWHERE, "{:.3f}"),
         )
         for label, kind, key, form in rows:
-            table.add_row(
-                label, form.format(before[kind][key]), form.format(after[kind][key])
-            )
+            figures = [
+                form.format(values[kind][key]) if key in values[kind] else "-"
+                for values in (before, after)
+            ]
+            table.add_row(label, *figures)
         self.rich.print(table)
 
     def examples(self, trees: Sequence[RolloutTree]) -> None:

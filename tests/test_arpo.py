@@ -1,6 +1,7 @@
 """ARPO in one process: RLlib's ways in, checkpoints, and what goes wrong."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ import pytest
 from ray import tune
 from ray.rllib.callbacks.callbacks import RLlibCallback
 
-from rllib_arpo import ARPO, ARPOConfig, Trajectory
+from rllib_arpo import ARPO, ARPOConfig, RolloutTree, Trajectory
 from rllib_arpo.envs.almanac import AlmanacEnv
 from rllib_arpo.envs.spaces import TokenSequence
 from rllib_arpo.errors import ConfigError, DataError, RewardError, ToolOutageError
@@ -160,6 +161,25 @@ class Recorder(RLlibCallback):
 
     def on_environment_created(self, *, env, env_context, **kwargs) -> None:
         self.seen.append(f"{type(env).__name__} {env_context.worker_index}")
+
+
+def test_a_share_of_no_calls_is_not_left_over_from_an_iteration_before(trained) -> None:
+    algorithm, _ = trained
+    trees = evaluate(algorithm, algorithm.eval_tasks, num_samples=2).trees
+    silent = [
+        replace(t, segments=[replace(s, tool_call=None) for s in t.segments])
+        for t in trees
+    ]
+
+    def logged(trees: list[RolloutTree]) -> set[str]:
+        algorithm.log_trees(trees, ("of_this_test",))
+        found = set(algorithm.metrics.peek(("of_this_test",)))
+        algorithm.metrics.reduce()
+        return found
+
+    assert TOOL_FAILURE_SHARE in logged(trees)
+    assert TOOL_FAILURE_SHARE not in logged(silent)
+    assert TOOL_FAILURE_SHARE in logged(trees)
 
 
 def test_callbacks_fire_and_may_add_metrics(almanac_model) -> None:

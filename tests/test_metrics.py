@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rllib_arpo.metrics import tree_metrics
+from rllib_arpo.metrics import SOMETIMES, refuse_outage, tree_metrics
 from rllib_arpo.tree import (
     BranchDecision,
     Leaf,
@@ -146,7 +146,7 @@ def test_entropies_right_after_a_tool_are_told_apart(metrics) -> None:
     assert metrics["entropy_elsewhere"] == pytest.approx(18 / 5)
 
 
-def test_nothing_to_average_is_zero() -> None:
+def test_what_has_nothing_to_average_is_left_out() -> None:
     silent = RolloutTree(
         task=TASK,
         segments=(
@@ -156,5 +156,7 @@ def test_nothing_to_average_is_zero() -> None:
         leaves=(leaf(1, 0.0, {}),),
     )
     values = tree_metrics([silent], entropy_probe_tokens=2)
-    assert values["tool_failure_share"] == values["entropy_elsewhere"] == 0
+    assert not SOMETIMES & values.keys()
+    assert values["num_tool_calls"] == values["num_branch_decisions"] == 0
+    refuse_outage(values, 0.0)
     assert all(np.isfinite(value) for value in values.values())

@@ -39,6 +39,18 @@ def test_what_was_not_measured_has_no_column():
     assert live_line(record).split() == ["1", "1.250"]
 
 
+def test_what_an_evaluation_lacks_is_a_dash():
+    screen = io.StringIO()
+    console = Console(RichConsole(file=screen, width=100))
+    values = {**RECORD, "format_error_share": 0.0, "response_tokens": 30.0}
+    del values["entropy_after_tool"]
+    before = {"sampled": values, "greedy": RECORD}
+    after = {"sampled": {**values, "entropy_after_tool": 0.5}, "greedy": RECORD}
+    console.before_and_after(before, after)
+    (row,) = [r for r in screen.getvalue().splitlines() if "entropy after" in r]
+    assert row.split("│")[2].strip() == "-" and "0.500" in row
+
+
 def test_headings_are_printed_once():
     screen = io.StringIO()
     console = Console(RichConsole(file=screen, width=100))
