@@ -292,7 +292,8 @@ class ARPO(WeightSync, Checkpoints, Algorithm):
             logger.log_value(name, value, window=1)
         for name in SOMETIMES - values.keys():
             # RLlib goes on with NaN under a key of an earlier iteration.
-            self.metrics.delete(*results_key, name, key_error=False)
+            key: Any = (*results_key, name)  # declared as a tuple of tuples there
+            self.metrics.delete(*key, key_error=False)
         # RLlib's `evaluate` reads what was aggregated last, not what was logged.
         self.metrics.aggregate([logger.reduce()], key=results_key)
         refuse_outage(values, self.config.max_tool_failure_share)
