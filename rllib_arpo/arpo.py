@@ -27,6 +27,7 @@ from ray.rllib.utils.metrics import (
     TIMERS,
 )
 from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
+from ray.tune import PlacementGroupFactory
 
 from rllib_arpo.alarms import ALARMS, Watch
 from rllib_arpo.checkpoints import Checkpoints
@@ -34,7 +35,7 @@ from rllib_arpo.config import ARPOConfig
 from rllib_arpo.data.cursor import Cursor
 from rllib_arpo.data.sources import make_cursor, resolve_tasks
 from rllib_arpo.engines.engine import SamplingParams
-from rllib_arpo.errors import DataError, EngineError
+from rllib_arpo.errors import ConfigError, DataError, EngineError
 from rllib_arpo.learner.training_data import TreeTrainingData
 from rllib_arpo.metrics import (
     DYNAMIC_SAMPLING_ROUNDS,
@@ -67,6 +68,24 @@ class ARPO(WeightSync, Checkpoints, Algorithm):
     @override(Algorithm)
     def get_default_config(cls) -> ARPOConfig:
         return ARPOConfig()
+
+    @classmethod
+    @override(Algorithm)
+    def default_resource_request(cls, config: Any) -> Any:
+        """As RLlib's, but a config that cannot work is left to its own trial.
+
+        Tune asks for all trials in one process, where an error would end the sweep.
+        """
+        try:
+            return super().default_resource_request(config)
+        except ConfigError:
+            return PlacementGroupFactory([{"CPU": 1}])
+
+    @override(Algorithm)
+    def __repr__(self) -> str:
+        # Ray asks for it when a trial's config is refused, before there is one.
+        refused = self.config is None
+        return type(self).__name__ if refused else super().__repr__()
 
     @override(Algorithm)
     def setup(  # pyright: ignore[reportIncompatibleMethodOverride]
