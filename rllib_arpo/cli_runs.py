@@ -89,44 +89,54 @@ def start_run(
         data_files: whose hashes MLflow gets, besides those that the config names.
 
     Raises:
-        ConfigError: the config cannot work, or the folder holds a run already.
+        ConfigError: the config cannot work, or the folder holds a run already, also
+            one that another process just began.
     """
     from rllib_arpo.tracking.attach import track
 
     config.validate()
     run = Run(folder)
-    if config.engine_log_dir is None:
-        config.engine(log_dir=str(run.folder / "logs"))
-    run.write_config(config)
-    if mlflow is not None:
-        track(config, run.folder, mlflow, data_files=data_files)
-    with started_ray(num_actors(vars(config))):
-        with Console().waiting(
-            f"Start the actors and the engine ({config.engine_name})"
-        ):
-            algorithm = config.build_algo()
-        _train(algorithm, run, iterations)
+    with run.held():
+        if config.engine_log_dir is None:
+            config.engine(log_dir=str(run.folder / "logs"))
+        run.write_config(config)
+        if mlflow is not None:
+            track(config, run.folder, mlflow, data_files=data_files)
+        with started_ray(num_actors(vars(config))):
+            with Console().waiting(
+                f"Start the actors and the engine ({config.engine_name})"
+            ):
+                algorithm = config.build_algo()
+            _train(algorithm, run, iterations)
 
 
 def resume_run(folder: Path, iterations: int) -> None:
     """Train on from a run's checkpoint, up to iteration `iterations`.
 
     Raises:
-        ConfigError: there is no checkpoint, or it has come as far already.
+        ConfigError: there is no checkpoint, or it has come as far already, or another
+            process trains in the folder.
     """
-    checkpoint = find_checkpoint(folder)
+    find_checkpoint(folder)
     run = Run(folder, resume=True)
-    with started_ray(num_actors_of(checkpoint)):
-        algorithm = restore(checkpoint)
-        if algorithm.iteration >= iterations:
-            done = algorithm.iteration
-            algorithm.stop()
-            raise ConfigError(
-                f"{folder} has reached iteration {done} already: give more than that "
-                f"with --iterations ({iterations})"
-            )
-        run.forget_after(algorithm.iteration)
-        _train(algorithm, run, iterations)
+    with run.held():
+        # Another process may have gone on until here.
+        checkpoint = find_checkpoint(folder)
+        with started_ray(num_actors_of(checkpoint)):
+            _resume(checkpoint, run, iterations)
+
+
+def _resume(checkpoint: Path, run: Run, iterations: int) -> None:
+    algorithm = restore(checkpoint)
+    if algorithm.iteration >= iterations:
+        done = algorithm.iteration
+        algorithm.stop()
+        raise ConfigError(
+            f"{run.folder} has reached iteration {done} already: give more than that "
+            f"with --iterations ({iterations})"
+        )
+    run.forget_after(algorithm.iteration)
+    _train(algorithm, run, iterations)
 
 
 def restore(checkpoint: Path) -> ARPO:

@@ -8,12 +8,14 @@ checkpoints/     iteration_000012/ and so on: the newest two, each of them whole
 trees/           iteration_000012.parquet and so on: some trees of each iteration
 model/           a Hugging Face folder, written at the end
 curves.png .svg  the plots
+lock             held by the process that trains here
 """
 
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ from rllib_arpo.metrics import (
     NUM_TOOL_CALLS,
     POLICY_LAG_MEAN,
 )
+from rllib_arpo.run_lock import only_here
 from rllib_arpo.storage import storing, write_whole
 from rllib_arpo.tree import RolloutTree
 
@@ -76,9 +79,28 @@ class Run:
                 f"with --resume {self.folder}"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._is_held = False
         self._tool_calls = 0.0
         # Names of the alarms that rang in the last iteration.
         self._ringing: set[str] = set()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from training in the folder meanwhile; may be nested.
+
+        Raises:
+            ConfigError: another process trains there.
+            CheckpointError: the folder cannot be written to.
+        """
+        if self._is_held:
+            yield
+            return
+        with only_here(self.folder):
+            self._is_held = True
+            try:
+                yield
+            finally:
+                self._is_held = False
 
     @property
     def checkpoint(self) -> Path | None:
@@ -219,21 +241,25 @@ def train(
 
     An interrupt (Ctrl-C) or an error of a step leaves the newest complete checkpoint;
     an interrupt also writes one of the moment before it is raised again.
+
+    Raises:
+        ConfigError: another process trains in the run's folder.
     """
-    try:
-        while algorithm.iteration < num_iterations:
-            result = algorithm.train()
-            record = run.log(result, stage=stage)
-            new_alarms = run.log_alarms(result)
-            run.save_trees(algorithm.iteration, algorithm.saved_trees)
-            on_iteration(record)
-            for alarm in new_alarms:
-                on_alarm(alarm)
-            if algorithm.iteration % checkpoint_interval == 0:
-                run.save_checkpoint(algorithm)
-    except KeyboardInterrupt:
-        run.save_checkpoint(algorithm)
-        raise
+    with run.held():
+        try:
+            while algorithm.iteration < num_iterations:
+                result = algorithm.train()
+                record = run.log(result, stage=stage)
+                new_alarms = run.log_alarms(result)
+                run.save_trees(algorithm.iteration, algorithm.saved_trees)
+                on_iteration(record)
+                for alarm in new_alarms:
+                    on_alarm(alarm)
+                if algorithm.iteration % checkpoint_interval == 0:
+                    run.save_checkpoint(algorithm)
+        except KeyboardInterrupt:
+            run.save_checkpoint(algorithm)
+            raise
 
 
 def changed_settings(config: ARPOConfig) -> Record:

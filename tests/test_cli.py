@@ -15,10 +15,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rllib_arpo import ARPO
 from rllib_arpo.cli import main
 from rllib_arpo.cli_config import find_checkpoint
 from rllib_arpo.errors import ConfigError
 from tests.commands import LIMIT_S, finish, run, start
+from tests.locked_runs import locked_by_another
 from tests.models import save_tiny_model
 from tests.tokenizers import qwen_like
 
@@ -52,6 +54,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "bad.jsonl").write_text('{"question": "1 + 1?"}\n')
     (folder / "bad_config.py").write_text("import nonsense_module\n")
     (folder / "no_config.py").write_text("config = 3\n")
+    for checkpoint in ("begun/checkpoints/iteration_000010", "alone"):
+        (folder / checkpoint).mkdir(parents=True)
+        (folder / checkpoint / ARPO.METADATA_FILE_NAME).touch()
+        (folder / checkpoint / "contents.json").write_text("{}")
     (folder / "corpus").mkdir()
     (folder / "corpus" / "facts.txt").write_text("The height of vifel is 44.\n")
     messages = [
@@ -133,6 +139,22 @@ def test_a_mistake_is_one_line_and_exit_code_2(name, place, monkeypatch, capsys)
     with pytest.raises(SystemExit) as ended:
         main()
     check_refusal(name, ended.value.code, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("words", ["train --resume begun", f"{TRAIN} --out new"])
+def test_a_run_that_another_process_trains_is_left_alone(
+    words, place, monkeypatch, capsys
+):
+    folder = place / words.split()[-1]
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", ["rllib-arpo", *words.split()])
+    with locked_by_another(folder):
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert sorted(folder.rglob("*")) == before
+    assert ended.value.code == 2
+    assert f"another process trains in {folder}" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(place, monkeypatch):

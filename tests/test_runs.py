@@ -1,9 +1,15 @@
 """A run's folder: one line an iteration, and always a whole checkpoint."""
 
+import errno
+import fcntl
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from ray.rllib.core import DEFAULT_MODULE_ID
 
@@ -12,6 +18,7 @@ from rllib_arpo.cli_config import find_checkpoint
 from rllib_arpo.data.tree_files import read_trees
 from rllib_arpo.errors import CheckpointError, ConfigError
 from rllib_arpo.runs import Run, train
+from tests.locked_runs import is_locked, locked_by_another
 from tests.tiny_runs import arpo_config, learner_weights, running, same, token_ids
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -168,6 +175,89 @@ def test_an_interrupt_saves_the_moment_and_is_raised_again(algorithm, tmp_path) 
         )
     assert len(lines(run)) == 1
     assert run.checkpoint is not None
+
+
+def train_on(algorithm, run: Run, **options) -> None:
+    train(
+        algorithm,
+        run,
+        num_iterations=algorithm.iteration + 5,
+        stage="ARPO",
+        **{"on_iteration": lambda record: None, **options},
+    )
+
+
+def test_training_keeps_other_processes_out_of_the_folder(algorithm, tmp_path) -> None:
+    run = Run(tmp_path / "run")
+    seen = []
+    with run.held():
+        train(
+            algorithm,
+            run,
+            num_iterations=algorithm.iteration + 1,
+            stage="ARPO",
+            on_iteration=lambda record: seen.append(is_locked(run.folder)),
+        )
+        assert is_locked(run.folder)
+    assert seen == [True]
+    assert not is_locked(run.folder)
+    with (
+        locked_by_another(run.folder),
+        pytest.raises(ConfigError, match=r"another process trains in .*run \("),
+    ):
+        train_on(algorithm, run)
+    assert len(lines(run)) == 1
+
+
+# Holds a run, and has a child that was forked.
+HOLDER = """
+import os, sys
+from rllib_arpo.runs import Run
+
+with Run(sys.argv[1]).held():
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_killed_process_lets_others_in_though_its_children_live(
+    tmp_path: Path,
+) -> None:
+    run = Run(tmp_path / "run")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run.folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        child = int(process.stdout.readline())
+        with (
+            pytest.raises(ConfigError, match=rf"\(process {process.pid} on .*wait for"),
+            run.held(),
+        ):
+            pass
+        process.kill()
+        process.wait()
+        assert psutil.Process(child).is_running()
+        with run.held():
+            assert is_locked(run.folder)
+        process.stdin.close()
+
+
+def test_a_file_system_without_locks_stops_no_training(
+    tmp_path, monkeypatch, caplog
+) -> None:
+    def refuse(*_) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    run = Run(tmp_path / "run")
+    with run.held():
+        run.log({"training_iteration": 1}, stage="ARPO")
+    assert len(lines(run)) == 1
+    assert "cannot be locked (No locks available)" in caplog.text
 
 
 def test_a_run_is_never_overwritten(algorithm, tmp_path) -> None:
