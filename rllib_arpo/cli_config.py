@@ -11,7 +11,7 @@ from typing import Any, cast
 from transformers import AutoConfig
 
 from rllib_arpo.arpo import ARPO
-from rllib_arpo.checkpoints import check_whole, newest_checkpoint
+from rllib_arpo.checkpoints import CHECKPOINTS, check_whole, newest_checkpoint
 from rllib_arpo.config import ARPOConfig
 from rllib_arpo.data.data_file import BadRowRule, DataFile
 from rllib_arpo.envs.env_config import DEFAULTS, load_tokenizer
@@ -189,6 +189,27 @@ def find_checkpoint(folder: Path) -> Path:
         return folder.absolute()
     raise ConfigError(
         f"{folder} holds no checkpoint: give a run's folder, such as runs/quickstart"
+    )
+
+
+def checkpoint_to_resume(run: Path) -> Path:
+    """The newest whole checkpoint of a run's folder, which is to be written to.
+
+    Raises:
+        ConfigError: there is none, or the folder is a checkpoint itself.
+    """
+    if not (run / ARPO.METADATA_FILE_NAME).is_file():
+        return find_checkpoint(run)
+    above = run.resolve().parent
+    resume = (
+        f"give --resume {above.parent} to go on from its newest one, or "
+        if above.name == CHECKPOINTS
+        else ""
+    )
+    raise ConfigError(
+        f"{run} is a checkpoint, and --resume takes the folder of a run: {resume}begin "
+        f"a run with these weights (rllib-arpo export {run} MODEL, then train or sft "
+        "with that MODEL)"
     )
 
 

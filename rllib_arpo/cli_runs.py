@@ -12,7 +12,7 @@ import ray
 import typer
 
 from rllib_arpo.arpo import ARPO
-from rllib_arpo.cli_config import find_checkpoint
+from rllib_arpo.cli_config import checkpoint_to_resume
 from rllib_arpo.config import ARPOConfig
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.metrics import NUM_TOKENS_SAMPLED
@@ -117,11 +117,11 @@ def resume_run(folder: Path, iterations: int) -> None:
         ConfigError: there is no checkpoint, or it has come as far already, or another
             process trains in the folder.
     """
-    find_checkpoint(folder)
+    checkpoint_to_resume(folder)
     run = Run(folder, resume=True)
     with run.held():
         # Another process may have gone on until here.
-        checkpoint = find_checkpoint(folder)
+        checkpoint = checkpoint_to_resume(folder)
         with started_ray(num_actors_of(checkpoint)):
             _resume(checkpoint, run, iterations)
 

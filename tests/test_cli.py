@@ -98,6 +98,15 @@ MISTAKES = {
     ),
     "no effect": ("train no_config.py --lr 1", "--lr has no effect with no_config.py"),
     "resume": ("train --resume corpus", "corpus holds no checkpoint"),
+    "checkpoint of a run": (
+        "train --resume begun/checkpoints/iteration_000010",
+        "begun to go on from its newest one, or begin a run with these weights "
+        "(rllib-arpo export begun/checkpoints/iteration_000010 MODEL, then",
+    ),
+    "checkpoint of no run": (
+        "train --resume alone",
+        "alone is a checkpoint, and --resume takes the folder of a run: begin a run",
+    ),
     "evaluate": ("evaluate corpus --data rows.parquet", "corpus holds no checkpoint"),
 }
 
