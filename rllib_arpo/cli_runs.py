@@ -18,6 +18,7 @@ from rllib_arpo.errors import ConfigError
 from rllib_arpo.metrics import NUM_TOKENS_SAMPLED
 from rllib_arpo.progress import Console
 from rllib_arpo.runs import Record, Run, train
+from rllib_arpo.stop_signals import Stopped
 
 NOTHING_WRITTEN = (
     "Warning: the model wrote no token, for every prompt fills its context. Take a "
@@ -171,16 +172,29 @@ def _train(algorithm: ARPO, run: Run, iterations: int) -> None:
         run.save_checkpoint(algorithm)
         algorithm.save_pretrained(run.model)
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         status = "KILLED"
-        console.say(
-            f"Stopped; iteration {algorithm.iteration} is saved. Go on with: "
-            f"rllib-arpo train --resume {run.folder} --iterations {iterations}"
-        )
-        raise typer.Exit(130) from None
+        console.say(f"Stopped; {_what_to_do(run, iterations)}")
+        code = stopped.exit_code if isinstance(stopped, Stopped) else 130
+        raise typer.Exit(code) from None
     finally:
         algorithm.stop()
         end_tracking(algorithm, status=status)
     console.times(records)
     curves = run.plot()
     console.say(f"Model: {run.model}. Checkpoint: {run.checkpoint}. Curves: {curves}.")
+
+
+def _what_to_do(run: Run, iterations: int) -> str:
+    """How to go on with a run that was to have so many iterations."""
+    checkpoint = run.checkpoint
+    if checkpoint is None:
+        return "no iteration is saved. Start again with another --out."
+    # A killed save may have left it as iteration_000012.before.
+    done = int(checkpoint.stem.removeprefix("iteration_"))
+    command = (
+        f"train --resume {run.folder} --iterations {iterations}"
+        if done < iterations
+        else f"export {run.folder} {run.model}"
+    )
+    return f"iteration {done} is saved. Go on with: rllib-arpo {command}"

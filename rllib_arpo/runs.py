@@ -12,6 +12,7 @@ lock             held by the process that trains here
 """
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from rllib_arpo.arpo import ARPO
 from rllib_arpo.checkpoints import CHECKPOINTS, newest_checkpoint, tidy_checkpoints
 from rllib_arpo.config import ARPOConfig
 from rllib_arpo.data.tree_files import write_trees
-from rllib_arpo.errors import ConfigError
+from rllib_arpo.errors import ConfigError, EngineError
 from rllib_arpo.metrics import (
     ENGINE_METRICS,
     ENGINE_SAMPLE_TIME_S,
@@ -47,8 +48,11 @@ from rllib_arpo.metrics import (
     POLICY_LAG_MEAN,
 )
 from rllib_arpo.run_lock import only_here
+from rllib_arpo.stop_signals import Stopped, StopRequest, stop_signals
 from rllib_arpo.storage import storing, write_whole
 from rllib_arpo.tree import RolloutTree
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -173,7 +177,7 @@ class Run:
         folder = self.folder / TREES
         with storing(folder, intact="The last checkpoint is intact."):
             folder.mkdir(exist_ok=True)
-            write_trees(folder / f"iteration_{iteration:06d}.parquet", trees)
+            write_trees(folder / f"{_name_of(iteration)}.parquet", trees)
 
     def tree_files(self) -> dict[int, Path]:
         """The files of trees by their iteration, in order."""
@@ -211,7 +215,7 @@ class Run:
         Raises:
             CheckpointError: it cannot be written; those before it are intact.
         """
-        name = f"iteration_{algorithm.iteration:06d}"
+        name = _name_of(algorithm.iteration)
         # What a killed save left may be the space that this one needs.
         tidy_checkpoints(self.folder, kept=NUM_CHECKPOINTS_KEPT)
         path = Path(algorithm.save_to_path(str(self.folder / CHECKPOINTS / name)))
@@ -239,27 +243,51 @@ def train(
 
     `on_alarm` gets an alarm when it begins to ring, after its iteration's record.
 
-    An interrupt (Ctrl-C) or an error of a step leaves the newest complete checkpoint;
-    an interrupt also writes one of the moment before it is raised again.
+    A first SIGINT (Ctrl-C) or SIGTERM ends it after the iteration, with a checkpoint. A
+    second one ends it at once; then, as after an error of a step, the newest complete
+    checkpoint is what is left.
 
     Raises:
         ConfigError: another process trains in the run's folder.
+        Stopped: a signal ended it.
     """
-    with run.held():
-        try:
-            while algorithm.iteration < num_iterations:
-                result = algorithm.train()
-                record = run.log(result, stage=stage)
-                new_alarms = run.log_alarms(result)
-                run.save_trees(algorithm.iteration, algorithm.saved_trees)
-                on_iteration(record)
-                for alarm in new_alarms:
-                    on_alarm(alarm)
-                if algorithm.iteration % checkpoint_interval == 0:
-                    run.save_checkpoint(algorithm)
-        except KeyboardInterrupt:
-            run.save_checkpoint(algorithm)
+    with run.held(), stop_signals() as stop:
+        while algorithm.iteration < num_iterations:
+            result = _iterate(algorithm, run, stop)
+            record = run.log(result, stage=stage)
+            new_alarms = run.log_alarms(result)
+            run.save_trees(algorithm.iteration, algorithm.saved_trees)
+            on_iteration(record)
+            for alarm in new_alarms:
+                on_alarm(alarm)
+            is_due = algorithm.iteration % checkpoint_interval == 0
+            if is_due or stop.number is not None:
+                run.save_checkpoint(algorithm)
+                if stop.number is not None:
+                    raise Stopped(stop.number)
+
+
+def _iterate(algorithm: ARPO, run: Run, stop: StopRequest) -> Mapping[str, Any]:
+    """Train an iteration; one that fails once a signal came ends as the signal does.
+
+    A terminal's Ctrl-C reaches the processes that this one started, too, such as
+    vLLM. Without it no answer is whole, but what was learned before is.
+    """
+    try:
+        return algorithm.train()
+    except Exception as error:  # boundary: whatever the signal did to others
+        if stop.number is None:
             raise
+        logger.warning("the iteration did not come to its end: %s", error)
+        newest = run.checkpoint
+        is_saved = newest is not None and newest.stem == _name_of(algorithm.iteration)
+        if isinstance(error, EngineError) and not is_saved:
+            run.save_checkpoint(algorithm)
+        raise Stopped(stop.number) from error
+
+
+def _name_of(iteration: int) -> str:
+    return f"iteration_{iteration:06d}"
 
 
 def changed_settings(config: ARPOConfig) -> Record:

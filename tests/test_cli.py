@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -302,21 +303,30 @@ def endless(place: Path) -> Iterator[subprocess.Popen]:
     yield process
     if process.poll() is None:
         process.kill()
+    shutil.rmtree(place / "endless")
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(place, endless):
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
+def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(
+    place, endless, number, expected
+):
     metrics = place / "endless" / "metrics.jsonl"
     deadline = time.monotonic() + LIMIT_S
     while not (metrics.exists() and metrics.read_text().count("\n")):
         assert time.monotonic() < deadline
         assert endless.poll() is None, endless.communicate()
         time.sleep(0.1)
-    endless.send_signal(signal.SIGINT)
+    endless.send_signal(number)
     code, _, err = finish(endless)
-    assert code == 130, err
+    assert code == expected, err
     assert "Traceback" not in err
     said = (place / "endless.txt").read_text()
     command = f"rllib-arpo train --resume {place / 'endless'} --iterations 100000"
     assert command in " ".join(said.split())
-    assert find_checkpoint(place / "endless").name.startswith("iteration_")
+    # All that was learned is saved.
+    last = records(place / "endless")[-1]["iteration"]
+    assert find_checkpoint(place / "endless").name == f"iteration_{last:06d}"
+    assert f"iteration {last} is saved" in said

@@ -4,20 +4,24 @@ import errno
 import fcntl
 import json
 import shutil
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.core import DEFAULT_MODULE_ID
 
 from rllib_arpo import ARPO
 from rllib_arpo.cli_config import find_checkpoint
 from rllib_arpo.data.tree_files import read_trees
-from rllib_arpo.errors import CheckpointError, ConfigError
+from rllib_arpo.errors import CheckpointError, ConfigError, EngineError
 from rllib_arpo.runs import Run, train
+from rllib_arpo.stop_signals import SIGNALS, Stopped, stop_signals
 from tests.locked_runs import is_locked, locked_by_another
 from tests.tiny_runs import arpo_config, learner_weights, running, same, token_ids
 
@@ -159,22 +163,31 @@ def test_alarms_of_iterations_that_are_made_again_are_forgotten(tmp_path) -> Non
     assert json.loads(written[0]) == {"iteration": 2, **result["alarms"][0]}
 
 
-def test_an_interrupt_saves_the_moment_and_is_raised_again(algorithm, tmp_path) -> None:
-    run = Run(tmp_path / "run")
+class SignalWhileSampling(RLlibCallback):
+    """Sends this process a signal in the middle of each iteration."""
 
-    def interrupt(record) -> None:
-        raise KeyboardInterrupt
+    number = signal.SIGINT
 
-    with pytest.raises(KeyboardInterrupt):
-        train(
-            algorithm,
-            run,
-            num_iterations=algorithm.iteration + 5,
-            stage="ARPO",
-            on_iteration=interrupt,
-        )
-    assert len(lines(run)) == 1
-    assert run.checkpoint is not None
+    def on_sample_end(self, **kwargs) -> None:
+        signal.raise_signal(self.number)
+
+
+class TermWhileSampling(SignalWhileSampling):
+    number = signal.SIGTERM
+
+
+class FailingSampler(SignalWhileSampling):
+    """As if the signal had reached another process, too."""
+
+    error = RuntimeError
+
+    def on_sample_end(self, **kwargs) -> None:
+        super().on_sample_end()
+        raise self.error("it is gone")
+
+
+class FailingEngine(FailingSampler):
+    error = EngineError
 
 
 def train_on(algorithm, run: Run, **options) -> None:
@@ -185,6 +198,83 @@ def train_on(algorithm, run: Run, **options) -> None:
         stage="ARPO",
         **{"on_iteration": lambda record: None, **options},
     )
+
+
+@pytest.mark.parametrize(
+    ("callback", "exit_code"), [(SignalWhileSampling, 130), (TermWhileSampling, 143)]
+)
+def test_a_signal_ends_training_after_its_iteration_which_is_saved(
+    almanac_model, tmp_path, capfd, callback, exit_code
+) -> None:
+    run = Run(tmp_path / "run")
+    with running(arpo_config(almanac_model).callbacks(callback)) as algorithm:
+        before = [signal.getsignal(one) for one in SIGNALS]
+        with pytest.raises(Stopped) as stopped:
+            train_on(algorithm, run)
+        assert [signal.getsignal(one) for one in SIGNALS] == before
+    assert stopped.value.exit_code == exit_code
+    assert [line["iteration"] for line in lines(run)] == [1]
+    assert names(run) == ["iteration_000001"]
+    said = capfd.readouterr().err
+    assert "Ends after this iteration" in said
+    assert "A second Ctrl-C or SIGTERM ends at once" in said
+
+
+@pytest.mark.parametrize(
+    ("second", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
+def test_a_second_signal_ends_training_at_once_and_saves_nothing(
+    algorithm, tmp_path, second, exit_code
+) -> None:
+    run = Run(tmp_path / "run")
+    first = f"iteration_{algorithm.iteration + 1:06d}"
+
+    def interrupt(record) -> None:
+        if len(lines(run)) == 2:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(second)
+
+    with pytest.raises(Stopped) as stopped:
+        train_on(algorithm, run, on_iteration=interrupt, checkpoint_interval=1)
+    assert stopped.value.exit_code == exit_code
+    assert names(run) == [first]
+
+
+@pytest.mark.parametrize(
+    ("callback", "saved"),
+    # Without an engine nothing can be learned, so that no update is half done.
+    [(FailingSampler, None), (FailingEngine, "iteration_000000")],
+)
+def test_an_iteration_that_fails_after_a_signal_ends_training_as_the_signal_does(
+    almanac_model, tmp_path, callback, saved
+) -> None:
+    run = Run(tmp_path / "run")
+    with (
+        running(arpo_config(almanac_model).callbacks(callback)) as algorithm,
+        pytest.raises(Stopped) as stopped,
+    ):
+        train_on(algorithm, run)
+    assert "it is gone" in str(stopped.value.__cause__)
+    assert (run.checkpoint and run.checkpoint.name) == saved
+
+
+def test_signals_are_left_alone_where_they_are_ignored_or_go_to_another_thread() -> (
+    None
+):
+    def handlers() -> list:
+        with stop_signals():
+            return [signal.getsignal(one) for one in SIGNALS]
+
+    before = [signal.getsignal(one) for one in SIGNALS]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(handlers).result() == before
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        interrupt, terminate = handlers()
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+    assert interrupt == signal.SIG_IGN
+    assert terminate not in before
 
 
 def test_training_keeps_other_processes_out_of_the_folder(algorithm, tmp_path) -> None:
