@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import typer
 
 from rllib_arpo.arpo import ARPO
 from rllib_arpo.config import ARPOConfig
@@ -23,6 +24,7 @@ from rllib_arpo.envs.almanac import AlmanacEnv, AlmanacWorld, Split
 from rllib_arpo.envs.almanac_expert import AlmanacExpert
 from rllib_arpo.envs.almanac_model import build_model, build_tokenizer
 from rllib_arpo.envs.tag_dialogue import TagDialogue
+from rllib_arpo.errors import ConfigError
 from rllib_arpo.evaluation import evaluate
 from rllib_arpo.memory import PeakMemory
 from rllib_arpo.metrics import (
@@ -34,6 +36,7 @@ from rllib_arpo.metrics import (
 from rllib_arpo.progress import Console
 from rllib_arpo.runs import ALARMS_FILE, Run, train
 from rllib_arpo.sft import SFTConfig
+from rllib_arpo.stop_signals import Stopped
 from rllib_arpo.tracking.attach import stopping, track
 from rllib_arpo.tracking.curves import METRICS_FILE
 from rllib_arpo.tracking.mlflow import BUFFER_FOLDER
@@ -46,9 +49,12 @@ SFT_BATCH = 16
 SFT_STEPS_PER_ITERATION = 50
 RL_TREES = 16
 RL_STEPS_PER_ITERATION = 2
-WRITTEN_FOLDERS = (
-    *("base", "cold_start", "sft", "checkpoints", "trees", "model"),
-    BUFFER_FOLDER,
+# The first things that a quick start makes; nothing else makes both.
+MARKS = ("base", "sft")
+REPLACED = (
+    *("cold_start", "checkpoints", "trees", "model", BUFFER_FOLDER),
+    *("config.json", "summary.json", METRICS_FILE, ALARMS_FILE),
+    *MARKS,  # last, so that what a kill leaves has them still
 )
 
 
@@ -57,7 +63,8 @@ class Settings:
     """What may be chosen.
 
     Attributes:
-        folder: of the run; what an earlier quick start left there is replaced.
+        folder: of the run; what an earlier quick start left there is replaced, and
+            nothing else.
         seed: of model, traces, tasks and sampling.
         engine: "torch" or "vllm", which samples for reinforcement learning.
         num_env_runners: sampling actors; 0 samples in this process.
@@ -118,7 +125,7 @@ def sft_config(model: str, settings: Settings) -> SFTConfig:
             adam_betas=(0.9, 0.95),
             weight_decay=0.0,
             lr_schedule="linear",
-            lr_warmup_steps=20,
+            lr_warmup_steps=min(20, settings.sft_iterations * steps // 2),
             lr_total_steps=settings.sft_iterations * steps,
         ),
         settings,
@@ -153,7 +160,7 @@ def arpo_config(model: str, settings: Settings) -> ARPOConfig:
             adam_betas=(0.9, 0.99),
             weight_decay=0.0,
             lr_schedule="linear",
-            lr_warmup_steps=3 * steps,
+            lr_warmup_steps=min(3, settings.rl_iterations // 2) * steps,
             lr_total_steps=settings.rl_iterations * steps,
             clip_param=0.2,
             clip_param_high=0.28,
@@ -176,12 +183,53 @@ def _on_this_machine(config: Config, settings: Settings) -> Config:
 
 
 def quickstart(settings: Settings, console: Console) -> dict[str, Any]:
-    """Run the main job and return what `summary.json` holds."""
-    for name in WRITTEN_FOLDERS:
-        shutil.rmtree(settings.folder / name, ignore_errors=True)
-    for name in (METRICS_FILE, ALARMS_FILE):
-        (settings.folder / name).unlink(missing_ok=True)
-    run = Run(settings.folder)
+    """Run the main job and return what `summary.json` holds.
+
+    Raises:
+        ConfigError: the folder holds something else than a quick start, or another
+            process trains there.
+        Exit: a signal ended a training; its code says which.
+    """
+    refuse_other(settings.folder)
+    run = Run(settings.folder, resume=True)
+    with run.held():
+        try:
+            return _quickstart(run, settings, console)
+        except Stopped as stopped:
+            console.say(
+                "Stopped. To start again: "
+                f"rllib-arpo quickstart --out {settings.folder}"
+            )
+            raise typer.Exit(stopped.exit_code) from None
+
+
+def refuse_other(folder: Path) -> None:
+    """Refuse a folder with anything that a quick start replaces and did not make.
+
+    Raises:
+        ConfigError: names what is there.
+    """
+    found = [name for name in REPLACED if (folder / name).exists()]
+    if found and not all((folder / name).is_dir() for name in MARKS):
+        raise ConfigError(
+            f"{folder} holds {', '.join(found)}, which no quick start made and this "
+            "one would replace: choose another --out"
+        )
+
+
+def _clear(folder: Path) -> None:
+    for name in REPLACED:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    for name in MARKS:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+
+
+def _quickstart(run: Run, settings: Settings, console: Console) -> dict[str, Any]:
+    _clear(run.folder)
     # On matrices this small a second thread costs more than it computes.
     torch.set_num_threads(1)
     start = time.monotonic()

@@ -1,15 +1,22 @@
 import io
 import json
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from rich.console import Console as RichConsole
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rllib_arpo.checkpoints import newest_checkpoint
+from rllib_arpo.errors import ConfigError
 from rllib_arpo.progress import Console
-from rllib_arpo.quickstart import Settings, quickstart
+from rllib_arpo.quickstart import Settings, quickstart, refuse_other
 
 SUMMARY_KEYS = {
     "seed",
@@ -81,6 +88,43 @@ def test_the_main_job_learns_and_leaves_everything_that_it_promises(tmp_path):
     AutoTokenizer.from_pretrained(tmp_path / "model")
     for words in ("cold start", "after ARPO", "entropy after tools", "the answer is"):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "config.json", "model/config.json", "base/config.json"]
+)
+def test_what_no_quick_start_made_is_left_alone(tmp_path, name):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds .*choose another --out"):
+        quickstart(Settings(folder=tmp_path), Console())
+    assert [file] == [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+class SignallingConsole(Console):
+    """Sends this process SIGTERM when an iteration is done."""
+
+    @contextmanager
+    def progress(
+        self, total: int, name: str, *, done: int = 0
+    ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+        yield lambda record: signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_ends_a_quick_start_which_can_be_started_again(ray_session, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    screen = io.StringIO()
+    console = SignallingConsole(RichConsole(file=screen, width=200, highlight=False))
+    settings = Settings(folder=tmp_path, num_test_tasks=1)
+    with pytest.raises(typer.Exit) as ended:
+        quickstart(settings, console)
+    assert ended.value.exit_code == 143
+    assert f"rllib-arpo quickstart --out {tmp_path}" in screen.getvalue()
+    checkpoint = newest_checkpoint(tmp_path / "sft")
+    assert checkpoint is not None and checkpoint.name == "iteration_000001"
+    refuse_other(tmp_path)
+    assert (tmp_path / "notes.txt").exists()
 
 
 @pytest.mark.slow
