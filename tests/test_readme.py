@@ -1,11 +1,44 @@
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from rllib_arpo.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def options_by_command(group: Any, prefix: str = "") -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            found |= options_by_command(command, f"{prefix}{name} ")
+        else:
+            found[prefix + name] = {o for p in command.params for o in p.opts}
+    return found
+
+
+OPTIONS = options_by_command(get_command(app))
+
+
+def options_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+
+
+def commands_in(text: str) -> Iterator[tuple[str, set[str]]]:
+    """Name and options of each command, to the end of its line or quotation."""
+    for words in re.findall(r"rllib-arpo ([^`\n]+)", text):
+        first, second, *_ = [*words.split(), ""]
+        name = f"{first} {second}" if f"{first} {second}" in OPTIONS else first
+        assert name in OPTIONS, f"there is no command: rllib-arpo {words}"
+        yield name, options_in(words)
 
 
 def test_the_program_in_the_readme_runs_as_printed(almanac_model, tmp_path):
@@ -26,17 +59,28 @@ def test_the_program_in_the_readme_runs_as_printed(almanac_model, tmp_path):
 
 
 def test_the_readme_names_only_commands_options_and_files_that_exist():
-    help_text = subprocess.run(
-        [sys.executable, "-m", "rllib_arpo.cli", "train", "--help"],
-        capture_output=True,
-        text=True,
-        env={"COLUMNS": "200", "PATH": "/usr/bin:/bin"},
-    ).stdout
-    for option in set(re.findall(r"rllib-arpo train[^\n]*?(--[a-z-]+)", README)):
-        assert option in help_text
+    used = list(commands_in(README))
+    assert {name for name, _ in used} >= {"train", "sft", "evaluate", "data check"}
+    for name, options in used:
+        assert options - OPTIONS[name] == set(), name
+    assert options_in(README) - set().union(*OPTIONS.values()) == set()
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"^make ([a-z]+)", README, re.MULTILINE)):
-        assert f"\n{target}:" in makefile
-    for image in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
-        assert (ROOT / image).exists()
+    targets = set(re.findall(r"^make ([a-z-]+)", README, re.MULTILINE))
+    assert "quickstart" in targets
+    assert {target for target in targets if f"\n{target}:" not in makefile} == set()
+    images = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
+    assert images
+    assert [image for image in images if not (ROOT / image).exists()] == []
     assert len(README.splitlines()) < 120
+
+
+def test_commands_in_a_text_are_found_with_all_their_options():
+    text = (
+        "Do `rllib-arpo view R --out O` or\nrllib-arpo data check F --json J --split S"
+    )
+    assert list(commands_in(text)) == [
+        ("view", {"--out"}),
+        ("data check", {"--json", "--split"}),
+    ]
+    with pytest.raises(AssertionError, match="there is no command: rllib-arpo trian"):
+        list(commands_in("rllib-arpo trian --data D"))
