@@ -61,9 +61,16 @@ WEIGHT_PROBE_ERROR = "weight_probe_error"
 ENGINE_STEP_TIME_S = "step_time_s"
 ENGINE_SAMPLE_TIME_S = "sample_time_s"
 
-# Left out where there is nothing to average: no call, no decision.
+# Left out where there is nothing to average: no call, no decision, no such token.
 SOMETIMES = frozenset(
-    {TOOL_FAILURE_SHARE, TOOL_ERROR_SHARE, TOOL_LATENCY_S, BRANCH_WANTED_SHARE}
+    {
+        TOOL_FAILURE_SHARE,
+        TOOL_ERROR_SHARE,
+        TOOL_LATENCY_S,
+        BRANCH_WANTED_SHARE,
+        ENTROPY_AFTER_TOOL,
+        ENTROPY_ELSEWHERE,
+    }
 )
 # A share of a handful of calls says nothing about an outage.
 MIN_CALLS_FOR_OUTAGE = 20
@@ -98,6 +105,8 @@ def tree_metrics(
         TOOL_ERROR_SHARE: [call.status == "error" for call in executed],
         TOOL_LATENCY_S: [call.latency_s for call in executed],
         BRANCH_WANTED_SHARE: [decision.wanted > 0 for decision in decisions],
+        ENTROPY_AFTER_TOOL: after,
+        ENTROPY_ELSEWHERE: elsewhere,
     }
     return {
         **{name: _mean(values) for name, values in sometimes.items() if values},
@@ -114,8 +123,6 @@ def tree_metrics(
         EPISODE_LEN_MEAN: _mean([sum(s.role == "model" for s in p) for p in paths]),
         TOOL_CALLS_PER_TRAJECTORY: _mean([count_tool_calls(p) for p in paths]),
         NUM_TOOL_CALLS: float(len(executed)),
-        ENTROPY_AFTER_TOOL: _mean(after),
-        ENTROPY_ELSEWHERE: _mean(elsewhere),
         BRANCHES_PER_TREE: sum(leaf.origin == "branch" for _, leaf in leaves)
         / len(trees),
         REFILLS_PER_TREE: sum(leaf.origin == "refill" for _, leaf in leaves)
@@ -169,5 +176,5 @@ def _follows_tool(tree: RolloutTree, segment: Segment) -> bool:
 
 
 def _mean(values: Sequence[float | bool]) -> float:
-    """Mean, 0 for nothing: an entropy of no tokens."""
+    """Mean, 0 for nothing."""
     return float(np.mean(values)) if len(values) else 0.0

@@ -27,6 +27,7 @@ from rllib_arpo.metrics import (
     FORMAT_ERROR_SHARE,
     RESPONSE_TOKENS,
     REWARD_MEAN,
+    SOMETIMES,
     TOOL_CALLS_PER_TRAJECTORY,
 )
 from rllib_arpo.tree import RolloutTree, path
@@ -209,15 +210,24 @@ class Console:
 
 def live_headings(record: Mapping[str, Any]) -> str:
     """What stands over the figures of `live_line`."""
-    names = [heading for key, heading, _ in LIVE if key in record]
+    names = [heading for _, heading, _ in _columns(record)]
     return "  ".join(["iter", *(name.rjust(6) for name in names)])
 
 
 def live_line(record: Mapping[str, Any]) -> str:
     """One line about an iteration: what was measured of it, in a fixed order."""
     figures = [
-        form.format(record[key]).rjust(max(len(heading), 6))
-        for key, heading, form in LIVE
-        if key in record
+        (form.format(record[key]) if key in record else "-").rjust(max(len(heading), 6))
+        for key, heading, form in _columns(record)
     ]
     return "  ".join([f"{record['iteration']:>4}", *figures])
+
+
+def _columns(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The same for all iterations of a kind, also where one had no tool call."""
+    has_trees = BRANCHES_PER_TREE in record
+    return [
+        column
+        for column in LIVE
+        if column[0] in record or (has_trees and column[0] in SOMETIMES)
+    ]

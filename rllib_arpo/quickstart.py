@@ -254,6 +254,7 @@ def _quickstart(run: Run, settings: Settings, console: Console) -> dict[str, Any
                 ENTROPY_AFTER_TOOL,
                 ENTROPY_ELSEWHERE,
             )
+            if name in final["sampled"]
         },
     }
     run.write_json("summary.json", summary)

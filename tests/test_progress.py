@@ -39,6 +39,13 @@ def test_what_was_not_measured_has_no_column():
     assert live_line(record).split() == ["1", "1.250"]
 
 
+def test_an_iteration_without_tool_calls_keeps_the_columns():
+    without = {k: v for k, v in RECORD.items() if k != "entropy_after_tool"}
+    assert live_headings(without) == live_headings(RECORD)
+    assert len(live_line(without)) == len(live_line(RECORD))
+    assert live_line(without).split()[5:7] == ["-", live_line(RECORD).split()[6]]
+
+
 def test_what_an_evaluation_lacks_is_a_dash():
     screen = io.StringIO()
     console = Console(RichConsole(file=screen, width=100))
