@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import logging
 import shutil
 import signal
 import subprocess
@@ -343,6 +344,8 @@ def test_a_file_system_without_locks_stops_no_training(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
+    # MLflow's migrations, in another test, disable the loggers that they find.
+    monkeypatch.setattr(logging.getLogger("rllib_arpo.run_lock"), "disabled", False)
     run = Run(tmp_path / "run")
     with run.held():
         run.log({"training_iteration": 1}, stage="ARPO")
