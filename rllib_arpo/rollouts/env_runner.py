@@ -317,14 +317,14 @@ class ARPOEnvRunner(EnvRunner, Checkpointable):
             assert self._cursor is not None
             self._cursor.set_state(state["task_cursor"])
 
-    def _take_arrays(self, version: int, modules: dict[str, Any]) -> None:
+    def _take_arrays(self, version: int, modules: Any) -> None:
+        # RLlib's own sync puts all modules into the store, ours the weights alone.
+        modules = _fetched(modules)
         restore = modules.get(WEIGHTS_RESTORE, "")
         in_place = (self._weights_restore, self._weights_seq_no)
         if version != 0 and (restore, version) == in_place:
             return
-        weights = modules[DEFAULT_MODULE_ID]
-        if isinstance(weights, ray.ObjectRef):
-            weights = ray.get(weights)
+        weights = _fetched(modules[DEFAULT_MODULE_ID])
         self._run(self.engine.update_weights(version, weights))
         self._weights_restore = restore
 
@@ -403,6 +403,10 @@ async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 async def _call(function: Any, *args: Any) -> Any:
     return function(*args)
+
+
+def _fetched(value: Any) -> Any:
+    return ray.get(value) if isinstance(value, ray.ObjectRef) else value
 
 
 def _as_list(value: Any) -> list[Any]:
