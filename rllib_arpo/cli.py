@@ -82,9 +82,10 @@ def quickstart(
     """Train a small agent from nothing, and see it improve in a few minutes."""
     from rllib_arpo.cli_runs import started_ray
     from rllib_arpo.progress import Console
-    from rllib_arpo.quickstart import Settings
+    from rllib_arpo.quickstart import Settings, refuse_other
     from rllib_arpo.quickstart import quickstart as run_quickstart
 
+    refuse_other(out)
     settings = Settings(
         folder=out,
         seed=seed,
