@@ -735,8 +735,8 @@ def test_a_killed_process_fails_requests_in_flight_at_once_and_later_ones(
         streams = [
             adapted.engine.generate(ask(str(i), prompt_of(9, i), 400)) for i in range(4)
         ]
-        for stream in streams:
-            await anext(stream)
+        # One after the other, the first could have ended before the last begins.
+        await asyncio.gather(*map(anext, streams))
         for process in adapted.processes:
             process.kill()
         async with asyncio.timeout(10):
