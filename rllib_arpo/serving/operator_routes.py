@@ -81,7 +81,8 @@ def operator_routes(server: HttpServer) -> APIRouter:
         return Response(text, headers={"Content-Type": CONTENT_TYPE})
 
     @router.post(
-        "/admin/reload", responses=errors(400, 401, 403, 404, 413, 415, 500, 503)
+        "/admin/reload",
+        responses=errors(400, 401, 403, 404, 408, 413, 415, 500, 503),
     )
     async def reload(body: ReloadRequest) -> ReloadReply:
         """Load other weights; answers that have begun are finished with the old."""
