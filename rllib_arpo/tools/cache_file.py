@@ -179,10 +179,15 @@ def _is_ours(db: sqlite3.Connection, file: Path) -> bool:
     Raises:
         ConfigError: it is something else.
     """
-    application, version = pragma(db, "application_id"), pragma(db, "user_version")
+    db.execute("BEGIN")  # or another process could make the tables in between
+    try:
+        application, version = pragma(db, "application_id"), pragma(db, "user_version")
+        tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
     if (application, version) == (APPLICATION_ID, SCHEMA_VERSION):
         return True
-    tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     if (application, version, tables) == (0, 0, 0):
         return False
     raise ConfigError(

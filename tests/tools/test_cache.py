@@ -16,6 +16,7 @@ import pytest
 
 from rllib_arpo.errors import ConfigError, ToolError, ToolTimeoutError
 from rllib_arpo.tools.cache import CachedSearch, CacheStats, ToolCache
+from rllib_arpo.tools.cache_file import CacheFile, check_file, pragma
 from rllib_arpo.tools.cache_store import (
     LEASE_S,
     CacheStore,
@@ -419,6 +420,23 @@ def test_a_file_that_breaks_later_is_set_aside_too(file, caplog):
     assert texts == ["new"] * 5
     assert len(list(file.parent.glob("cache.sqlite.broken-*"))) == 1
     assert caplog.text.count("is broken") == 1
+
+
+def test_a_file_is_checked_while_another_process_makes_it(tmp_path):
+    def make(path: Path) -> None:
+        made = CacheFile(path, read_only=False)
+        made.run(lambda db: pragma(db, "user_version"))
+        made.close()
+
+    # Read in three statements, a file half made was refused in one of three rounds.
+    for number in range(60):
+        path = tmp_path / f"{number}.sqlite"
+        maker = threading.Thread(target=make, args=(path,))
+        maker.start()
+        while maker.is_alive():
+            check_file(path, to_replay=False)
+        maker.join()
+        check_file(path, to_replay=False)
 
 
 def test_a_file_of_another_kind_is_refused_and_left_alone(file):
