@@ -270,7 +270,7 @@ def train(
 def _iterate(algorithm: ARPO, run: Run, stop: StopRequest) -> Mapping[str, Any]:
     """Train an iteration; one that fails once a signal came ends as the signal does.
 
-    A terminal's Ctrl-C reaches the processes that this one started, too, such as
+    The signal may have reached what this process started, too: a job's end reaches
     vLLM. Without it no answer is whole, but what was learned before is.
     """
     try:

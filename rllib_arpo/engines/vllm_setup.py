@@ -9,10 +9,12 @@ import dataclasses
 import difflib
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -111,7 +113,8 @@ def start_llm(
             "weight_transfer_config": {"backend": backend},
             "enable_sleep_mode": colocate,
         }
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
+        with deaf_to_interrupts():
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
 
 
 def check_version() -> None:
@@ -217,6 +220,21 @@ def start_environment(
         finally:
             for name in chosen:
                 del os.environ[name]
+
+
+@contextlib.contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Block SIGINT in this thread, and for good in the processes that it starts.
+
+    A terminal sends Ctrl-C to all processes of a job. Whoever asked vLLM for tokens may
+    still need them, and ends vLLM itself.
+    """
+    resource_tracker.ensure_running()  # its own start would unblock SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
 import asyncio
+import signal
 from collections.abc import Coroutine, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -726,6 +727,21 @@ def test_an_adapter_for_an_engine_without_lora_is_refused(
     arrays = adapter(load(almanac_model), 1)
     with pytest.raises(WeightSyncError, match="give the engine `lora`"):
         vllm.run(vllm.engine.update_weights(1, arrays))
+
+
+def test_a_terminals_interrupt_leaves_requests_in_flight(adapted: VLLMSession) -> None:
+    async def interrupt() -> list[TokenChunk]:
+        streams = [
+            adapted.engine.generate(ask(str(i), prompt_of(9, i), 100)) for i in range(4)
+        ]
+        begun = await asyncio.gather(*map(anext, streams))
+        for process in adapted.processes:
+            process.send_signal(signal.SIGINT)
+        rest = [[chunk async for chunk in stream] for stream in streams]
+        return [joined([first, *more]) for first, more in zip(begun, rest, strict=True)]
+
+    assert {one.finish_reason for one in adapted.run(interrupt())} <= {"length", "eos"}
+    assert len(adapted.run(collect(adapted.engine, ask("b", prompt_of(9, 0)))).token_ids)
 
 
 def test_a_killed_process_fails_requests_in_flight_at_once_and_later_ones(
