@@ -7,6 +7,7 @@
 3. A group that has lost a learner takes no further step.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -32,13 +33,32 @@ class ARPOLearnerGroup(WholeState):
         Raises:
             LearnerError: a learner died, in this update or an earlier one.
         """
-        if self._death is not None:
-            raise LearnerError(self._death)
+        self._check_complete()
         return super().update(*args, **kwargs)
+
+    @override(LearnerGroup)
+    def foreach_learner(self, *args: Any, **kwargs: Any) -> RemoteCallResults:
+        """As RLlib's, which returns errors; a death is raised.
+
+        Raises:
+            LearnerError: a learner died, in this call or an earlier one.
+        """
+        self._check_complete()
+        answers = super().foreach_learner(*args, **kwargs)
+        self._note_death(list(answers))
+        return answers
 
     @override(LearnerGroup)
     def _get_results(self, results: Any) -> list[Any]:
         answers = list(results)
+        self._note_death(answers)
+        return super()._get_results(answers)
+
+    def _check_complete(self) -> None:
+        if self._death is not None:
+            raise LearnerError(self._death)
+
+    def _note_death(self, answers: Sequence[Any]) -> None:
         for number, answer in enumerate(answers):
             error = None if answer.ok else answer.get()
             if isinstance(error, RayActorError):
@@ -50,7 +70,6 @@ class ARPOLearnerGroup(WholeState):
                     "and `CheckpointConfig(checkpoint_frequency=N)`."
                 )
                 raise LearnerError(self._death) from error
-        return super()._get_results(answers)
 
     @override(Checkpointable)
     def get_checkpointable_components(self) -> list[tuple[str, Any]]:

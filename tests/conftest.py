@@ -2,6 +2,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import ExitStack
 
+import hypothesis
 import pytest
 import ray
 
@@ -15,6 +16,10 @@ WITHOUT_VLLM = (
     "extra `vllm`"
 )
 
+# No test says how long an example may take: a core is sometimes busy with others.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if importlib.util.find_spec("vllm") is None:
@@ -27,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def ray_session() -> Iterator[None]:
     """One Ray for all tests that need one."""
     # Logical CPUs: two runners, two learners and a driver wait for each other.
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -77,13 +77,21 @@ def test_a_learner_that_dies_ends_training_in_time_and_says_how_to_go_on(
         assert algorithm.train()["training_iteration"] == 2
 
 
-def test_a_learner_killed_between_updates_is_noticed(almanac_model, tmp_path) -> None:
-    config = config_of(almanac_model, tmp_path / "trap", num_learners=1)
-    with running(config) as algorithm:
-        (learner,) = algorithm.learner_group._workers
-        ray.kill(learner)
-        with pytest.raises(LearnerError, match="Learner 0 of 1 died"):
+@pytest.mark.parametrize(
+    ("number", "num_learners", "packing"),
+    [(0, 1, "tree"), (0, 2, "tree"), (1, 2, "tree"), (1, 2, "paths")],
+)
+def test_a_learner_killed_between_updates_is_noticed(
+    almanac_model, tmp_path, number, num_learners, packing
+) -> None:
+    config = config_of(almanac_model, tmp_path / "trap", num_learners=num_learners)
+    with running(config.training(packing=packing)) as algorithm:
+        ray.kill(algorithm.learner_group._workers[number])
+        died = f"Learner {number} of {num_learners} died"
+        with pytest.raises(LearnerError, match=died):
             algorithm.train()
+        with pytest.raises(LearnerError, match=died):
+            algorithm.sync_weights()
 
 
 def test_tune_goes_on_from_the_last_checkpoint_when_a_learner_dies(

@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rllib_arpo.statistics import best_of_k, compare, mean_with_interval, pass_at_k
@@ -38,7 +38,6 @@ def test_impossible_counts_are_refused(c, n, k):
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=7), st.data())
-@settings(deadline=None)
 def test_best_of_k_is_the_mean_over_all_choices_of_k_answers(scores, data):
     k = data.draw(st.integers(1, len(scores)))
     chosen = [max(some) for some in itertools.combinations(scores, k)]
@@ -47,7 +46,6 @@ def test_best_of_k_is_the_mean_over_all_choices_of_k_answers(scores, data):
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=40), st.data())
-@settings(deadline=None)
 def test_best_of_k_of_right_and_wrong_is_pass_at_k(right, data):
     k = data.draw(st.integers(1, len(right)))
     expected = pass_at_k(sum(right), len(right), k)

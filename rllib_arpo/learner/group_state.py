@@ -94,7 +94,7 @@ class WholeState(LearnerGroup):
         if config.packing != "tree":
             return None
         answers = self.foreach_learner(lambda learner: learner.row_cost)
-        return next(iter(answers)).get()
+        return self._get_results(answers)[0]
 
     def _call_all(self, method: str) -> None:
         self._get_results(self._manager.foreach_actor(method))

@@ -221,7 +221,7 @@ def loss_and_gradients(
 
 @pytest.mark.parametrize("attribution", ["soft", "hard"])
 @pytest.mark.parametrize("option", OPTIONS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     trees=st.lists(any_tree(), min_size=1, max_size=3),
     max_tokens_per_row=st.sampled_from([None, 12]),

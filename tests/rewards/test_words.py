@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rllib_arpo.rewards.words import exact_match, f1
@@ -106,14 +106,12 @@ def test_exact_match_ignores_case_articles_and_punctuation_but_not_the_order():
     assert not exact_match("Bloggs Joe", "Joe Bloggs")
 
 
-@settings(deadline=None)
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_f1_lies_between_0_and_1_and_is_symmetric(left, right):
     assert 0 <= f1(left, right) <= 1
     assert f1(left, right) == f1(right, left)
 
 
-@settings(deadline=None)
 @given(st.integers(-(10**6), 10**6), st.integers(-(10**6), 10**6))
 def test_whole_numbers_are_equal_only_to_themselves(left, right):
     assert exact_match(str(left), str(right)) == (left == right)
