@@ -16,9 +16,10 @@ started anew begins with what the alias means by then.
 """
 
 import asyncio
+import contextvars
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +123,7 @@ class Manager:
             name: asyncio.ensure_future(self._vocabulary(name)) for name in models
         }
         # Kept, for the event loop holds tasks weakly.
+        self._reloads: set[asyncio.Task[dict[str, str]]] = set()
         self._following = [
             asyncio.ensure_future(self._follow(name, poll_s))
             for name, model in models.items()
@@ -133,7 +135,8 @@ class Manager:
     ) -> dict[str, str]:
         """Give engines other weights; returns when all their replicas have them.
 
-        Tools, limits and sampling stay those that the application was started with.
+        It goes on to its end if whoever asked hangs up. Tools, limits and sampling stay
+        those that the application was started with.
 
         Args:
             model: None for all.
@@ -154,6 +157,17 @@ class Manager:
         names = list(self._models) if model is None else [model]
         if checkpoint is not None and len(names) > 1:
             raise ConfigError(f"`model` must say for which of {names} it is")
+        # Serve cancels a request and what was asked in its context.
+        task = asyncio.create_task(
+            self._reload(names, checkpoint), context=contextvars.Context()
+        )
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+        return await asyncio.shield(task)
+
+    async def _reload(
+        self, names: Sequence[str], checkpoint: str | None
+    ) -> dict[str, str]:
         async with self._lock:
             configs = {name: await self._prepare(name, checkpoint) for name in names}
             deployments = {

@@ -1,10 +1,13 @@
 """Other weights while clients ask."""
 
+import json
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
 
-from tests.serving.served import Crowd, Served, until
+from tests.serving.served import ADMIN_KEY, Crowd, Served, until
 from tests.serving.test_vocabulary import swapped
 
 pytestmark = pytest.mark.slow
@@ -30,6 +33,36 @@ def test_weights_change_under_load_without_a_failure(
     assert served.reload(model="almanac").json() == {"models": {"almanac": old}}
 
 
+def version_of(served: Served) -> str:
+    message = served.post(seed=1).raise_for_status().json()["choices"][0]["message"]
+    return message["agent"]["version"]
+
+
+def test_a_reload_goes_on_when_who_asked_hangs_up(
+    served: Served, weights: dict[str, str], versions: dict[str, str]
+) -> None:
+    until(lambda: served.numbers("rllib_arpo_requests_in_flight") == [1.0])
+    fields = {"model": "almanac", "checkpoint": weights["other"]}
+    headers = {
+        "Authorization": f"Bearer {ADMIN_KEY}",
+        "Content-Type": "application/json",
+    }
+    address = served.client.base_url
+
+    def is_under_way() -> bool:
+        # One in flight is the look itself; it may be over already.
+        in_flight = served.numbers("rllib_arpo_requests_in_flight")
+        return in_flight == [2.0] or version_of(served) == versions["other"]
+
+    with closing(HTTPConnection(address.host, address.port)) as client:
+        client.request("POST", "/admin/reload", json.dumps(fields), headers)
+        until(is_under_way)
+    until(lambda: version_of(served) == versions["other"])
+    assert served.reload(model="almanac").json() == {
+        "models": {"almanac": versions["almanac"]}
+    }
+
+
 def is_reloaded(served: Served, **fields: str) -> bool:
     """503 says to ask again: a replica that was killed has yet to come back."""
     reply = served.reload(**fields)
@@ -45,8 +78,7 @@ def test_an_engine_that_starts_later_has_the_new_weights(
     served.kill("engine-0")
     until(lambda: bool(served.replicas("engine-0") - before))
     until(lambda: served.client.get("/health").status_code == 200)
-    message = served.post(seed=1).raise_for_status().json()["choices"][0]["message"]
-    assert message["agent"]["version"] == versions["other"]
+    assert version_of(served) == versions["other"]
     until(lambda: is_reloaded(served, model="almanac"))
 
 
@@ -56,8 +88,7 @@ def test_weights_that_are_not_there_change_nothing(
     refused = served.reload(model="almanac", checkpoint="nowhere")
     assert refused.status_code == 400
     assert "nowhere" in refused.json()["error"]["message"]
-    message = served.post(seed=1).raise_for_status().json()["choices"][0]["message"]
-    assert message["agent"]["version"] == versions["almanac"]
+    assert version_of(served) == versions["almanac"]
 
 
 def test_weights_of_another_tokenizer_are_refused(
@@ -72,5 +103,4 @@ def test_weights_of_another_tokenizer_are_refused(
     error = refused.json()["error"]
     assert error["param"] == "checkpoint"
     assert "another vocabulary" in error["message"]
-    message = served.post(seed=1).raise_for_status().json()["choices"][0]["message"]
-    assert message["agent"]["version"] == versions["almanac"]
+    assert version_of(served) == versions["almanac"]
