@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -238,11 +238,14 @@ def test_a_question_cannot_hold_control_tokens_but_the_operator_can():
 
 
 @given(st.text(max_size=300), st.integers(60, 120))
+@example("It says: ... [cut]", 60)
 def test_a_result_never_exceeds_its_tokens_and_says_when_it_was_cut(text, cap):
     result = DIALOGUE.result_ids(text, cap)
     assert len(result.ids) <= cap
     assert result.ids.dtype == np.int32
-    assert result.truncated == result.text.endswith(CUT_NOTICE)
+    whole = DIALOGUE.result_ids(text, 4096)
+    assert result.truncated == (result.text != whole.text)
+    assert result.text.endswith(CUT_NOTICE) or not result.truncated
 
 
 # Parsing

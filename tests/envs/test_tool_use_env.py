@@ -264,26 +264,31 @@ def test_a_flooding_tool_is_cut_to_the_cap():
     assert info["turn"].tool_result.endswith("... [cut]")
 
 
-QUICK_PYTHON = PythonTool(limits=PythonLimits(time_s=0.1))
+PATIENT = PythonLimits(time_s=60)
 
 
 def test_python_that_raises_is_an_observation_of_one_line():
-    info = step(make_env(QUICK_PYTHON), python("def f():\n  return 1 / 0\nf()"))[-1]
+    info = step(
+        make_env(PythonTool(limits=PATIENT)), python("def f():\n  return 1 / 0\nf()")
+    )[-1]
     assert info["turn"].tool_call.status == "error"
     assert info["turn"].tool_result == ("Error: ZeroDivisionError: division by zero")
 
 
 def test_python_that_hangs_is_stopped_and_the_variables_stay():
-    env = make_env(QUICK_PYTHON)
+    tool = PythonTool(limits=PATIENT)
+    env = make_env(tools=lambda task: [tool], tool_names=("python",))
     step(env, python("x = 7"))
+    tool.limits = PythonLimits(time_s=0.1)
     info = step(env, python("x = 8\nwhile True: pass"))[-1]
     assert info["turn"].tool_call.status == "timeout"
     assert info["turn"].tool_result == "Error: the code ran longer than 0.1 s"
+    tool.limits = PATIENT
     assert step(env, python("x"))[-1]["turn"].tool_result == "7"
 
 
 def test_python_that_floods_is_cut_or_refused():
-    env = make_env(QUICK_PYTHON, max_result_tokens=64)
+    env = make_env(PythonTool(limits=PATIENT), max_result_tokens=64)
     obs, *_, info = step(env, python("print('spam ' * 2000)"))
     assert len(obs) <= 64
     assert info["turn"].tool_call.truncated

@@ -13,6 +13,7 @@ import pytest
 import rllib_arpo
 from rllib_arpo.envs.tool_use_env import ToolUseEnv
 from rllib_arpo.errors import ConfigError, ToolError, ToolTimeoutError
+from rllib_arpo.serving.front import free_ports
 from rllib_arpo.tools.mcp import (
     MCPServer,
     close_sessions,
@@ -166,11 +167,11 @@ def test_a_tool_survives_pickle_and_uses_the_session_of_its_process(tools, pids)
     assert len(starts(pids)) == 1
 
 
-def test_a_slow_call_times_out_and_leaves_the_session_whole(server, pids):
-    quick = MCPServer(command=PROGRAM, env=server.env, call_timeout_s=0.2)
-    tools = {tool.name: tool for tool in mcp_tools(quick)}
+def test_a_slow_call_times_out_and_leaves_the_session_whole(server, tools, pids):
+    impatient = MCPServer(command=PROGRAM, env=server.env, call_timeout_s=0.2)
+    (hang,) = (tool for tool in mcp_tools(impatient) if tool.name == "hang")
     with pytest.raises(ToolTimeoutError, match="did not answer in time"):
-        call(tools["hang"])
+        call(hang)
     assert call(tools["echo"], "x") == "x"
     assert len(starts(pids)) == 1
 
@@ -259,7 +260,7 @@ def test_sessions_are_closed_when_the_process_ends(tmp_path):
         "from rllib_arpo.tools.mcp import MCPServer, mcp_tools\n"
         f"print(len(mcp_tools(MCPServer(command={PROGRAM!r}, env={env!r}))))"
     )
-    ended = subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", program], check=True, timeout=240)
     assert ended.returncode == 0
     (pid,) = starts(pids)
     with pytest.raises(ProcessLookupError):
@@ -345,7 +346,8 @@ def test_streamable_http_lists_calls_and_sends_the_headers(monkeypatch):
 
 
 def test_a_server_on_http_may_go_and_come_back():
-    with http_server() as port:
+    (port,) = free_ports(1)  # nobody is lent it meanwhile
+    with http_server(port):
         server = MCPServer(url=f"http://127.0.0.1:{port}/mcp")
         tools = {tool.name: tool for tool in mcp_tools(server)}
         assert call(tools["echo"], "x") == "x"
@@ -358,7 +360,8 @@ def test_a_server_on_http_may_go_and_come_back():
 
 
 def test_a_server_on_http_that_was_started_anew_is_greeted_again():
-    with http_server() as port:
+    (port,) = free_ports(1)
+    with http_server(port):
         server = MCPServer(url=f"http://127.0.0.1:{port}/mcp")
         tools = {tool.name: tool for tool in mcp_tools(server)}
         assert call(tools["count"]) == "1"

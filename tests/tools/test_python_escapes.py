@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -29,6 +29,7 @@ from tests.tools.bubblewrap import needs_bubblewrap
 LIMITS = SandboxLimits(
     time_s=0.5, memory_mb=128, output_bytes=20000, file_mb=1, state_mb=1
 )
+PATIENT = replace(LIMITS, time_s=60)  # for code that must get through
 
 # {x} is replaced by the attribute x of `Host`.
 FILES = {
@@ -540,7 +541,7 @@ def test_nothing_runs_on_after_a_call(host):
 
 @needs_bubblewrap
 def test_a_pickle_that_runs_code_runs_it_in_the_sandbox_only(host):
-    tool = SubprocessPythonTool(limits=LIMITS, max_workers=1)
+    tool = SubprocessPythonTool(limits=PATIENT, max_workers=1)
     evil = f"""
 class Evil:
     def __reduce__(self):
@@ -594,12 +595,13 @@ asyncio.run(main())
 """
 
 
-def outcomes_without_bubblewrap(codes: list[str]) -> tuple[list[str], str]:
+def outcomes_without_bubblewrap(
+    codes: list[str], limits: SandboxLimits
+) -> tuple[list[str], str]:
     """Outcomes, each followed by a plain call that worked, and the log."""
-    limits = {name: getattr(LIMITS, name) for name in LIMITS.__slots__}
     ran = subprocess.run(
         [sys.executable, "-c", IMPORT + FALLBACK],
-        input=json.dumps([codes, limits]),
+        input=json.dumps([codes, asdict(limits)]),
         env={"PATH": "", "ARPO_TEST_SECRET": "secret"},
         capture_output=True,
         text=True,
@@ -610,7 +612,7 @@ def outcomes_without_bubblewrap(codes: list[str]) -> tuple[list[str], str]:
 
 def test_without_bubblewrap_processes_network_and_memory_are_still_limited(host):
     codes = [host.fill_in(CORPUS[attempt]) for attempt in WITHOUT_BUBBLEWRAP]
-    results, log = outcomes_without_bubblewrap(codes)
+    results, log = outcomes_without_bubblewrap(codes, LIMITS)
     for attempt, result in zip(WITHOUT_BUBBLEWRAP, results, strict=True):
         assert "ESCAPED" not in result, attempt
         assert "RETRYABLE" not in result, attempt
@@ -623,7 +625,7 @@ def test_the_attempts_are_real_for_without_bubblewrap_files_are_open(host):
     attempts = ["read a file", "follow a symbolic link", "import this package"]
     codes = [host.fill_in(CORPUS[attempt]) for attempt in attempts]
     codes[1] = codes[1].replace("/tmp/link", "link")
-    results, _ = outcomes_without_bubblewrap(codes)
+    results, _ = outcomes_without_bubblewrap(codes, PATIENT)
     assert [host.secret in result for result in results] == [True, True, False]
 
 
