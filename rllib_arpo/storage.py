@@ -99,10 +99,10 @@ def written_aside(target: Path, *, intact: str) -> Iterator[Path]:
 
 @contextmanager
 def merged_aside(target: Path) -> Iterator[Path]:
-    """A folder to write to, whose files go into `target` when all are written.
+    """As `written_aside`, but `target` keeps its files of other names.
 
     Args:
-        target: it keeps the files that have other names.
+        target: not there, or a folder.
 
     Yields:
         The folder beside it; it does not exist yet.
@@ -110,22 +110,26 @@ def merged_aside(target: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: a file could not be written; `target` is as it was.
     """
-    aside = _beside(target, ASIDE)
-    with storing(target, intact="What was there before is intact."):
-        if aside.exists():
-            shutil.rmtree(aside)
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield aside
-            to_disk(aside)
-            if target.exists():
-                for file in sorted(aside.iterdir()):
-                    os.replace(file, target / file.name)
-            else:
-                os.rename(aside, target)
-            _sync(target.parent)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+    with written_aside(target, intact="What was there before is intact.") as aside:
+        yield aside
+        for entry in target.iterdir() if target.exists() else ():
+            if not os.path.lexists(aside / entry.name):
+                _copy(entry, aside / entry.name)
+
+
+def _copy(entry: Path, copy: Path) -> None:
+    """Let a file or a folder have a second place; its data are not copied."""
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.copytree(entry, copy, symlinks=True, copy_function=_link)
+    else:
+        _link(entry, copy)
+
+
+def _link(file: str | Path, copy: str | Path) -> None:
+    try:
+        os.link(file, copy, follow_symlinks=False)
+    except OSError:  # not on every file system
+        shutil.copy2(file, copy, follow_symlinks=False)
 
 
 def write_whole(file: Path, text: str) -> None:

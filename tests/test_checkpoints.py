@@ -87,6 +87,8 @@ def test_a_model_folder_keeps_its_other_files(tmp_path) -> None:
             aside.mkdir()
             (aside / "weights").write_text(text)
         (folder / "notes").touch()
+        (folder / "pictures").mkdir(exist_ok=True)
+        (folder / "pictures" / "one").write_text(text)
     with (
         pytest.raises(CheckpointError, match="is intact"),
         merged_aside(folder) as aside,
@@ -95,7 +97,9 @@ def test_a_model_folder_keeps_its_other_files(tmp_path) -> None:
         (aside / "weights").write_text("thr")
         raise OSError(28, "No space left on device")
     assert (folder / "weights").read_text() == "two"
-    assert {entry.name for entry in folder.iterdir()} == {"weights", "notes"}
+    assert (folder / "pictures" / "one").read_text() == "two"
+    names = {entry.name for entry in folder.iterdir()}
+    assert names == {"weights", "notes", "pictures"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 

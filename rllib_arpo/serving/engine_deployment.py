@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rllib_arpo.agent_weights import Weights, export_weights, find_weights
+from rllib_arpo.checkpoints import CHECKPOINTS
 from rllib_arpo.engines.engine import Engine, GenerationRequest
 from rllib_arpo.errors import ARPOError, ConfigError, EngineError
 from rllib_arpo.serving.engine_client import (
@@ -81,20 +82,17 @@ class _Loaded:
 
     Attributes:
         engine: computes with them.
-        files: closed with the engine; a checkpoint's were written for it.
         num_running: turns in flight.
         ending: closes the engine at its time, None while it is to stay.
     """
 
     engine: Engine
-    files: ExitStack
     num_running: int = 0
     ending: asyncio.TimerHandle | None = None
 
     def close(self) -> None:
         self.stay()
         self.engine.close()
-        self.files.close()
 
     def stay(self) -> None:
         if self.ending is not None:
@@ -311,20 +309,23 @@ class EngineReplica:
         version = user_config.get("version")
         if version in self._loaded:
             return str(version)
-        with ExitStack() as files:
-            try:
-                weights = await asyncio.to_thread(find_weights, source)
-                version = str(version or weights.version)
-                if version in self._loaded:
-                    return version
+        try:
+            if self._newest is None and _is_tidied_away(source):
+                source, version = str(Path(source).parent.parent), None
+            weights = await asyncio.to_thread(find_weights, source)
+            version = str(version or weights.version)
+            if version in self._loaded:
+                return version
+            # Engines read all files when they start.
+            with ExitStack() as files:
                 folder = await asyncio.to_thread(_model_folder, weights, files)
                 engine = await self._open_engine(self._settings, folder)
-            except ARPOError:
-                raise
-            except Exception as error:  # boundary: all that can fail at loading
-                reason = f"{type(error).__name__}: {error}"
-                raise EngineError(f"cannot load {source}: {reason}") from error
-            self._loaded[version] = _Loaded(engine=engine, files=files.pop_all())
+        except ARPOError:
+            raise
+        except Exception as error:  # boundary: all that can fail at loading
+            reason = f"{type(error).__name__}: {error}"
+            raise EngineError(f"cannot load {source}: {reason}") from error
+        self._loaded[version] = _Loaded(engine=engine)
         logger.info("loaded version %s of the weights from %s", version, source)
         return version
 
@@ -340,6 +341,18 @@ class EngineReplica:
     def _end(self, version: str) -> None:
         logger.info("close version %s of the weights", version)
         self._loaded.pop(version).close()
+
+
+def _is_tidied_away(source: str) -> bool:
+    """Whether a run that goes on has removed this checkpoint, as newer ones came.
+
+    A replica that starts then takes the newest, and says so by its version.
+    """
+    folder = Path(source)
+    is_gone = folder.parent.name == CHECKPOINTS and not folder.exists()
+    if is_gone:
+        logger.warning("%s is gone: take the newest checkpoint of its run", source)
+    return is_gone
 
 
 def _model_folder(weights: Weights, files: ExitStack) -> Path:

@@ -145,12 +145,15 @@ class _Sender:
             await asyncio.gather(self._writing, return_exceptions=True)
 
     async def _write_later(self) -> None:
-        # What comes with the first event is written with it.
-        wait_s = self._pace.together_s if self._begun else 0
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(wait_s):
-                await self._ending.wait()
-        if not self._ending.is_set():
+        # More may come while a slow reader holds up a write.
+        while self._held:
+            # What comes with the first event is written with it.
+            wait_s = self._pace.together_s if self._begun else 0
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._ending.wait()
+            if self._ending.is_set():
+                return
             await self._write(more=True)
 
     async def _write(self, *, more: bool) -> None:

@@ -40,6 +40,7 @@ class Scripted:
     def __init__(self, *, delay_s: float = 0.0) -> None:
         self.engines: list[ScriptedEngine] = []
         self.folders: list[Path] = []
+        self.had_weights: list[bool] = []
         self.delay_s = delay_s
 
     async def __call__(self, settings: EngineSettings, folder: Path) -> Engine:
@@ -47,6 +48,7 @@ class Scripted:
         reply = ScriptedReply(token_ids=[token] * 4, delay_s=self.delay_s)
         self.engines.append(ScriptedEngine(lambda _: reply))
         self.folders.append(folder)
+        self.had_weights.append((folder / "model.safetensors").is_file())
         return self.engines[-1]
 
 
@@ -79,6 +81,39 @@ def test_a_checkpoint_and_the_model_saved_of_it_write_the_same(
             assert {c.version for c in of_checkpoint} == {fingerprint}
 
     asyncio.run(turns())
+
+
+def test_a_replica_takes_its_runs_newest_checkpoint_if_its_own_was_tidied_away(
+    cold_start: ColdStart, tmp_path: Path
+) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    newest = checkpoints / "iteration_000003"
+    shutil.copytree(cold_start.checkpoint, newest)
+    gone = config(checkpoints / "iteration_000001", "1")
+    opened = Scripted()
+
+    async def start() -> None:
+        async with running(open_engine=opened) as replica:
+            await replica.reconfigure(gone)
+            assert (await replica.state()).newest == find_weights(str(newest)).version
+            # It has weights, and asks for none in place of others.
+            with pytest.raises(ConfigError, match="iteration_000001"):
+                await replica.prepare(gone)
+
+    asyncio.run(start())
+    # What was written for the engine is gone, too.
+    assert not opened.folders[0].exists()
+
+
+def test_without_its_run_a_tidied_checkpoint_is_missing(tmp_path: Path) -> None:
+    gone = tmp_path / "run" / "checkpoints" / "iteration_000001"
+
+    async def start() -> None:
+        async with running(open_engine=Scripted()) as replica:
+            with pytest.raises(ConfigError, match="there is no folder"):
+                await replica.reconfigure(config(gone))
+
+    asyncio.run(start())
 
 
 def test_an_answer_goes_on_with_the_weights_that_began_it(
@@ -281,17 +316,17 @@ def test_weights_that_were_prepared_in_vain_leave(almanac_model: str) -> None:
     virtual_replica(work)
 
 
-def test_closing_ends_engines_turns_and_files(cold_start: ColdStart) -> None:
+def test_closing_ends_engines_and_leaves_no_file_of_ours(cold_start: ColdStart) -> None:
     opened = Scripted()
 
     async def turns() -> None:
         async with running(open_engine=opened) as replica:
             await replica.reconfigure(config(cold_start.checkpoint, "a"))
             await replica.reconfigure(config(cold_start.model, "b"))
-            assert (opened.folders[0] / "model.safetensors").is_file()
 
     asyncio.run(turns())
     assert [is_closed(engine) for engine in opened.engines] == [True, True]
+    assert opened.had_weights == [True, True]
     assert not opened.folders[0].exists()
     assert opened.folders[1] == Path(cold_start.model)
     assert (opened.folders[1] / "model.safetensors").is_file()

@@ -15,6 +15,7 @@ from rllib_arpo.serving.sse import (
     EventStream,
     Pace,
 )
+from tests.virtual_time import run_virtual
 
 NUM_CHUNKS = 20
 
@@ -48,7 +49,8 @@ def test_chunks_that_follow_each_other_go_out_together_and_in_order() -> None:
             yield chunk(number)
             await asyncio.sleep(0)
 
-    bodies = asyncio.run(sent(chunks()))
+    # On a clock that stands still while anything is ready.
+    bodies = run_virtual(sent(chunks()))
     assert events(bodies) == [
         *(f"data: {chunk(n).model_dump_json()}\n\n".encode() for n in range(20)),
         DONE,
@@ -87,6 +89,41 @@ def test_a_chunk_is_written_while_the_next_one_is_not_there() -> None:
         f"data: {chunk(n).model_dump_json()}\n\n".encode() for n in range(2)
     ]
     assert end == DONE
+
+
+def test_a_chunk_that_comes_while_a_slow_reader_holds_up_a_write_follows_it() -> None:
+    async def second() -> list[bytes]:
+        bodies: list[bytes] = []
+        writing, may_go_on, written = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def chunks() -> AsyncIterator[ChatCompletionChunk]:
+            yield chunk(0)
+            await writing.wait()
+            yield chunk(1)
+            may_go_on.set()
+            await written.wait()
+
+        async def send(message: Message) -> None:
+            bodies.append(message.get("body", b""))
+            if b'"id":"0"' in bodies[-1]:
+                writing.set()
+                await may_go_on.wait()
+            elif b'"id":"1"' in bodies[-1]:
+                written.set()
+
+        async def receive() -> Message:
+            return await asyncio.Event().wait()  # type: ignore[return-value]
+
+        await EventStream(chunks(), max_s=60, pace=Pace())(
+            {"type": "http"}, receive, send
+        )
+        return bodies
+
+    assert run_virtual(second())[1:] == [
+        f"data: {chunk(0).model_dump_json()}\n\n".encode(),
+        f"data: {chunk(1).model_dump_json()}\n\n".encode(),
+        DONE,
+    ]
 
 
 def test_many_streams_write_no_more_often_than_their_server_can() -> None:
