@@ -5,18 +5,25 @@ signal handler stops it, and math-verify's own timeout works in the main thread 
 So a worker reads pairs of answers, a line of JSON each, with an alarm set that the
 system itself ends it by; the next pair starts another. The limit counts the worker's
 own CPU time, so that a busy machine changes no reward; ten times as much on the clock
-ends it too. This file is also the worker's program: run by its path, it imports
-nothing else of the package.
+ends it too. Only these limits make a pair unequal: a worker that something else ended,
+such as the OOM killer while it was idle, is replaced. This file is also the worker's
+program: run by its path, it imports nothing else of the package.
 """
 
 import json
+import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from functools import lru_cache
 
 MAX_WORKERS = 4
 MEMORY_BYTES = 2 << 30
+READY = "ready\n"
+# What ends a worker at its limits: the timers, and libraries in C or a stack that get
+# no memory; Python itself lives on.
+LIMITS = (signal.SIGPROF, signal.SIGALRM, signal.SIGABRT, signal.SIGSEGV)
 
 
 @lru_cache(maxsize=8192)
@@ -25,28 +32,45 @@ def symbolic_equal(answer: str, gold: str, timeout_s: float) -> bool:
 
     A comparison that takes longer than `timeout_s` seconds of CPU time or more memory
     than `MEMORY_BYTES` counts as unequal.
+
+    Raises:
+        ConfigError: the workers do not start.
+        RewardError: one after the other was ended by something else.
     """
     return _reply([gold, answer], timeout_s)
 
 
 @lru_cache(maxsize=8192)
 def can_parse(expression: str, timeout_s: float) -> bool:
-    """Whether math-verify reads the expression as mathematics within the limits."""
+    """Whether math-verify reads the expression as mathematics within the limits.
+
+    Raises:
+        ConfigError: the workers do not start.
+        RewardError: one after the other was ended by something else.
+    """
     return _reply([expression], timeout_s)
 
 
 def _reply(expressions: list[str], timeout_s: float) -> bool:
+    line = json.dumps([expressions, timeout_s])
     with _slots:
         try:
             worker = _idle.pop()
         except IndexError:
             worker = _start_worker()
-        reply = _ask(worker, json.dumps([expressions, timeout_s]))
-        if reply:
-            _idle.append(worker)
-        else:
-            _stop(worker)
-    return reply.strip() == "true"
+        reply = _ask(worker, line)
+        if reply is None:
+            worker = _start_worker()
+            reply = _ask(worker, line)
+    if reply is None:
+        from rllib_arpo.errors import RewardError  # not to be had in the worker
+
+        raise RewardError(
+            f"{' and '.join(expressions)!r} cannot be compared: two workers of "
+            f"math-verify were ended from outside (exit status {worker.returncode}), "
+            "maybe for want of memory"
+        )
+    return reply
 
 
 _slots = threading.BoundedSemaphore(MAX_WORKERS)
@@ -54,7 +78,7 @@ _idle: list["subprocess.Popen[str]"] = []
 
 
 def _start_worker() -> "subprocess.Popen[str]":
-    return subprocess.Popen(
+    worker = subprocess.Popen(
         [sys.executable, "-P", __file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -62,18 +86,34 @@ def _start_worker() -> "subprocess.Popen[str]":
         text=True,
         encoding="utf-8",
     )
+    assert worker.stdout is not None
+    if worker.stdout.readline() != READY:
+        from rllib_arpo.errors import ConfigError  # not to be had in the worker
+
+        status = worker.wait()
+        _stop(worker)
+        raise ConfigError(
+            f"the worker of math-verify does not start (exit status {status}): see "
+            "what `python -c 'import math_verify'` says"
+        )
+    return worker
 
 
-def _ask(worker: "subprocess.Popen[str]", line: str) -> str:
-    """The reply, empty when the worker ended; it always does one of the two."""
+def _ask(worker: "subprocess.Popen[str]", line: str) -> bool | None:
+    """The reply, no if a limit ended the worker; None: something else did."""
     assert worker.stdin is not None
     assert worker.stdout is not None
-    try:
+    reply = ""
+    with suppress(BrokenPipeError):
         worker.stdin.write(line + "\n")
         worker.stdin.flush()
-    except BrokenPipeError:
-        return ""
-    return worker.stdout.readline()
+        reply = worker.stdout.readline()
+    if reply:
+        _idle.append(worker)
+        return json.loads(reply)
+    status = worker.wait()
+    _stop(worker)
+    return False if -status in LIMITS else None
 
 
 def _forget_workers() -> None:
@@ -131,14 +171,17 @@ def _equal(expressions: list[str]) -> bool:
 
 
 def _serve() -> None:
+    import os
     import resource
-    import signal
 
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # nothing that a library prints is taken for a reply
     import math_verify  # noqa: F401  loaded before the first alarm is set
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    print(READY, end="", file=replies, flush=True)
     for line in sys.stdin:
         expressions, timeout_s = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, timeout_s)
@@ -149,7 +192,7 @@ def _serve() -> None:
             equal = False
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(equal), flush=True)
+        print(json.dumps(equal), file=replies, flush=True)
 
 
 if __name__ == "__main__":
