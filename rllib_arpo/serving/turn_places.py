@@ -18,6 +18,7 @@ from rllib_arpo.engines.engine import GenerationRequest
 from rllib_arpo.serving.engine_client import EngineChunk, EngineLostError
 from rllib_arpo.serving.turn_wire import (
     TurnAddress,
+    end_if_vanished,
     frame,
     pack_request,
     read_frame,
@@ -65,6 +66,7 @@ class Connection:
                 raise EngineLostError(
                     f"the engine's replica does not listen at {host}:{port}: {error}"
                 ) from error
+            end_if_vanished(self._writer)
             self._writer.write(frame([self._address.key, self._name]))
             self._reading = asyncio.create_task(self._read(reader))
 

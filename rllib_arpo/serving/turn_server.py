@@ -13,6 +13,7 @@ from rllib_arpo.engines.engine import GenerationRequest
 from rllib_arpo.serving.engine_client import EngineChunk
 from rllib_arpo.serving.turn_wire import (
     TurnAddress,
+    end_if_vanished,
     frame,
     pack_chunk,
     pack_error,
@@ -81,13 +82,14 @@ class TurnServer:
         turns = _Turns(self._generate, writer)
         self._writers.add(writer)
         try:
+            end_if_vanished(writer)
             async with asyncio.timeout(GREETING_S):
                 key, name = await read_frame(reader, MAX_GREETING_BYTES)
             if not hmac.compare_digest(str(key), self._key):
                 return
             while True:
                 turns.take(await read_frame(reader))
-        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
+        except (asyncio.IncompleteReadError, OSError):
             pass  # the agent has left
         except (ValueError, TypeError, KeyError):
             pass  # whoever it is, it does not speak as an agent does

@@ -10,6 +10,7 @@ for each pair of replicas. Each message is a frame: four bytes of length, then m
 """
 
 import asyncio
+import socket
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -28,6 +29,13 @@ from rllib_arpo.serving.engine_client import (
 # A million tokens of a prompt are 4 MB.
 MAX_FRAME_BYTES = 64 * 2**20
 LENGTH_BYTES = 4
+# Asked after 5 s of silence, and given up after 20 s without an answer.
+VANISHED = {
+    "TCP_KEEPIDLE": 5,
+    "TCP_KEEPINTVL": 5,
+    "TCP_KEEPCNT": 3,
+    "TCP_USER_TIMEOUT": 20_000,  # ms
+}
 ERRORS = {one.__name__: one for one in (EngineLostError, VersionGoneError, EngineError)}
 
 
@@ -44,6 +52,18 @@ class TurnAddress:
     host: str
     port: int
     key: str = field(repr=False)
+
+
+def end_if_vanished(writer: asyncio.StreamWriter) -> None:
+    """Let a connection break when the other node has no power or no network any more.
+
+    TCP alone would wait for its answer for ever.
+    """
+    connection = writer.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in VANISHED.items():
+        if hasattr(socket, name):  # Linux has them all
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def frame(message: Any) -> bytes:
