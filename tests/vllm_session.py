@@ -22,6 +22,7 @@ from rllib_arpo.engines.engine import (
 )
 from rllib_arpo.engines.sampling import truncate
 from rllib_arpo.engines.vllm_engine import VLLMEngine
+from tests.children import command_line
 
 T = TypeVar("T")
 PLAIN = SamplingParams()
@@ -57,11 +58,11 @@ class VLLMSession:
             self._end_loop()
             raise
         started = set(psutil.Process().children(recursive=True)) - before
-        self.processes = {p for p in started if "spawn_main" in " ".join(p.cmdline())}
+        self.processes = {p for p in started if "spawn_main" in command_line(p)}
 
     def run(self, coroutine: Coroutine[object, object, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        return future.result(timeout=120)
+        return future.result(timeout=280)
 
     def collect(self, *requests: GenerationRequest) -> list[TokenChunk]:
         """Answers to requests that are in flight together."""

@@ -4,6 +4,7 @@ import os
 import pickle
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -179,9 +180,13 @@ def test_a_silent_endpoint_is_given_up():
         released.wait(60)
         return Reply(YES)
 
-    with judging(silent, timeout_s=0.2, max_retries=1) as (judge, served):
+    with judging(silent, timeout_s=1.0, max_retries=1) as (judge, served):
         with pytest.raises(RewardError, match="APITimeoutError"):
             judge.ask(CASE)
+        # The endpoint may read what it was sent after it was given up.
+        deadline = time.monotonic() + 60
+        while len(served.requests) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert len(served.requests) == 2
         released.set()
 

@@ -242,7 +242,9 @@ def test_unfinished_trees_go_on_with_new_weights_and_every_token_says_whose_it_i
     cold_start, tmp_path
 ) -> None:
     config = arpo_config(cold_start.model, signs=str(tmp_path))
-    runner = ARPOEnvRunner(config=config.environment(env=UnrulyEnv), worker_index=1)
+    # Else a path that waits in its environment holds the engine for all others.
+    config.environment(env=UnrulyEnv).debugging(deterministic=False)
+    runner = ARPOEnvRunner(config=config, worker_index=1)
     try:
         first = engine_weights(runner)
         second = {name: array * 1.02 for name, array in first.items()}

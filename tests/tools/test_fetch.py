@@ -2,6 +2,7 @@ import asyncio
 import datetime
 import gzip
 import pickle
+import socket
 import ssl
 import tracemalloc
 import zlib
@@ -464,10 +465,25 @@ def test_what_is_not_a_public_web_address_is_refused_before_any_look_up(url, mes
     assert not error.retryable
 
 
-@pytest.mark.parametrize("host", ["a" * 70 + ".example", "no-such-host.invalid"])
-def test_a_host_that_is_not_there_is_an_error(host):
-    message = "no server of that name|cannot be looked up at present"
-    refusal(PageFetcher(), f"http://{host}/", message)
+@pytest.mark.parametrize(
+    ("problem", "message", "retryable"),
+    [
+        (socket.EAI_NONAME, "no server of that name", False),
+        (socket.EAI_AGAIN, "cannot be looked up at present", True),
+    ],
+)
+def test_a_host_that_is_not_found_is_an_error(monkeypatch, problem, message, retryable):
+    def look_up(*asked, **how):
+        raise socket.gaierror(problem, "as on a machine without a network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    error = refusal(PageFetcher(), "http://no-such-host.invalid/", message)
+    assert error.retryable == retryable
+
+
+def test_a_host_that_cannot_be_asked_for_is_an_error():
+    host = "a" * 70 + ".example"  # a label has 63 characters at most
+    refusal(PageFetcher(), f"http://{host}/", "no server of that name")
 
 
 def test_international_names_travel_in_ascii():

@@ -48,7 +48,7 @@ def state_of(folder: Path) -> dict[str, int]:
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=120
+        command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=280
     )
 
 

@@ -1,14 +1,18 @@
 import asyncio
-import gc
 import logging
+import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
-import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import rllib_arpo
 from rllib_arpo.errors import ConfigError, ToolError
 from rllib_arpo.tools.cache import CachedSearch, ToolCache
 from rllib_arpo.tools.pace import Pace, pace_of
@@ -85,11 +89,13 @@ every_service = pytest.mark.parametrize("name", list(ANSWERS))
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for variable in KEYS.values():
         monkeypatch.setenv(variable, KEY)
     for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(variable, raising=False)
+    yield
+    pace_of.cache_clear()  # the next server may listen where one is left alone
 
 
 def answering(answer: Any, **reply: Any) -> HttpServer:
@@ -412,21 +418,39 @@ def test_a_service_is_left_alone_for_as_long_as_it_asks_within_limits(
     assert at_least_s <= wait_s <= at_most_s
 
 
-def test_connections_are_kept_within_a_loop_and_closed_with_it():
-    async def three() -> None:
-        for query in "abc":
-            await search.search(query, 3)
+ROOT = Path(__file__).parents[2]
+# A process of its own: nothing that other tests have left open warns there.
+CONNECTIONS = f"""
+import sys, types
+# The package without its __init__, which takes ten seconds and is not at stake.
+package = sys.modules["rllib_arpo"] = types.ModuleType("rllib_arpo")
+package.__path__ = [{str(Path(rllib_arpo.__file__).parent)!r}]
+import asyncio, gc
+from rllib_arpo.tools.search_http import search_backend
+from tests.http_server import HttpServer, Reply
 
-    gc.collect()  # what other tests left behind warns here
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with answering(SERPER) as server:
-            search = backend("serper", server)
-            asyncio.run(three())
-            asyncio.run(three())
-            assert server.num_connections == 2
-        gc.collect()
-    assert [str(warning.message) for warning in caught] == []
+async def three():
+    for query in "abc":
+        await search.search(query, 3)
+
+with HttpServer(lambda request: Reply(json={{"organic": []}})) as server:
+    search = search_backend("serper", endpoint=server.url("/search"))
+    asyncio.run(three())
+    asyncio.run(three())
+    print(server.num_connections)
+gc.collect()
+"""
+
+
+def test_connections_are_kept_within_a_loop_and_closed_with_it():
+    done = subprocess.run(
+        [sys.executable, "-W", "always::ResourceWarning", "-c", CONNECTIONS],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONWARNINGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("2\n", "")
 
 
 def test_a_closed_backend_opens_again():
