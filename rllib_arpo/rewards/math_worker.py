@@ -23,7 +23,7 @@ MEMORY_BYTES = 2 << 30
 READY = "ready\n"
 # What ends a worker at its limits: the timers, and libraries in C or a stack that get
 # no memory; Python itself lives on.
-LIMITS = (signal.SIGPROF, signal.SIGALRM, signal.SIGABRT, signal.SIGSEGV)
+LIMITS = (-signal.SIGPROF, -signal.SIGALRM, -signal.SIGABRT, -signal.SIGSEGV)
 
 
 @lru_cache(maxsize=8192)
@@ -113,7 +113,7 @@ def _ask(worker: "subprocess.Popen[str]", line: str) -> bool | None:
         return json.loads(reply)
     status = worker.wait()
     _stop(worker)
-    return False if -status in LIMITS else None
+    return False if status in LIMITS else None
 
 
 def _forget_workers() -> None:

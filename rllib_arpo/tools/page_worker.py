@@ -2,14 +2,17 @@
 
 Parsers of hostile files may run for ever or take all memory, where no thread stops
 them. So a worker reads pages, each a line of JSON and then the body, with an alarm
-set that the system itself ends it by; the next page starts another. This file is also
-the worker's program: run by its path, it imports nothing else of the package there.
+set that the system itself ends it by; the next page starts another. A worker that
+something else ended, such as the OOM killer while it was idle, is replaced. This file
+is also the worker's program: run by its path, it imports nothing else of the package
+there.
 """
 
 import codecs
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +27,10 @@ SAMPLE_CHARS = 20_000
 MAX_CONTROL_SHARE = 0.05
 MAX_BROKEN_SHARE = 0.1  # of the characters beyond ASCII, in UTF-8 that was damaged
 READY = b"ready\n"
+OUT_OF_MEMORY = 3  # exit status of a worker
+# What ends a worker at its limits: the timer, and memory that Python, a library in C or
+# the stack does not get.
+LIMITS = (-signal.SIGALRM, OUT_OF_MEMORY, -signal.SIGABRT, -signal.SIGSEGV)
 # What pages mean that declare the older and smaller charset.
 WIDER_CHARSETS = {
     "ascii": "cp1252",
@@ -64,24 +71,32 @@ def extract_text(
 
     Raises:
         ConfigError: the worker's packages cannot be imported.
+        ToolError: one worker after the other was ended by something else.
     """
-    try:
-        worker = _idle.pop()
-    except IndexError:
-        worker = _start_worker()
     request = {
         "kind": kind,
         "charset": charset,
         "timeout_s": timeout_s,
         "length": len(body),
     }
-    reply = _ask(worker, json.dumps(request).encode() + b"\n" + body)
-    if not reply.endswith(b"\n"):
-        _stop(worker)
-        return "its text takes too long or too much memory to read"
-    _idle.append(worker)
-    answer = json.loads(reply)
-    return answer if isinstance(answer, str) else PageText(*answer)
+    whole = json.dumps(request).encode() + b"\n" + body
+    try:
+        worker = _idle.pop()
+    except IndexError:
+        worker = _start_worker()
+    answer = _ask(worker, whole)
+    if answer is None:
+        worker = _start_worker()
+        answer = _ask(worker, whole)
+    if answer is None:
+        from rllib_arpo.errors import ToolError  # not to be had in the worker
+
+        raise ToolError(
+            "the page was not read: two workers were ended from outside (exit status "
+            f"{worker.returncode}), maybe for want of memory",
+            retryable=True,
+        )
+    return answer
 
 
 def threads() -> ThreadPoolExecutor:
@@ -113,16 +128,24 @@ def _start_worker() -> "subprocess.Popen[bytes]":
     return worker
 
 
-def _ask(worker: "subprocess.Popen[bytes]", request: bytes) -> bytes:
-    """The reply, cut short when the worker ended; it always does one of the two."""
+def _ask(worker: "subprocess.Popen[bytes]", request: bytes) -> PageText | str | None:
+    """The text or why it cannot be read; None: the worker was ended from outside."""
     assert worker.stdin is not None
     assert worker.stdout is not None
-    try:
+    reply = b""
+    with contextlib.suppress(BrokenPipeError):
         worker.stdin.write(request)
         worker.stdin.flush()
-    except BrokenPipeError:
-        return b""
-    return worker.stdout.readline()
+        reply = worker.stdout.readline()
+    if reply.endswith(b"\n"):
+        _idle.append(worker)
+        answer = json.loads(reply)
+        return answer if isinstance(answer, str) else PageText(*answer)
+    status = worker.wait()
+    _stop(worker)
+    if status in LIMITS:
+        return "its text takes too long or too much memory to read"
+    return None
 
 
 def _stop(worker: "subprocess.Popen[bytes]") -> None:
@@ -241,7 +264,6 @@ def _read(body: bytes, kind: str, charset: str | None) -> PageText | str:
 
 def _serve() -> None:
     import resource
-    import signal
 
     import pypdf  # noqa: F401  loaded before the first alarm is set
     import trafilatura  # noqa: F401
@@ -259,7 +281,7 @@ def _serve() -> None:
         try:
             answer = _read(body, request["kind"], request["charset"])
         except MemoryError:
-            return  # so bloated, it reads no further page
+            sys.exit(OUT_OF_MEMORY)  # so bloated, it reads no further page
         except Exception:  # boundary: whatever the parsers cannot do is not readable
             answer = "the file is damaged or of an unknown kind"
         signal.setitimer(signal.ITIMER_REAL, 0)

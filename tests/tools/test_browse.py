@@ -1,11 +1,11 @@
 import asyncio
 import functools
 import json
-import os
 import pickle
-import signal
 import zlib
+from collections.abc import Callable, Iterator
 from io import BytesIO
+from pathlib import Path
 
 import psutil
 import pytest
@@ -279,19 +279,59 @@ def test_a_parser_that_takes_too_long_is_ended_and_the_next_page_is_read():
         assert "Ada Low" in asyncio.run(BrowseTool(QUESTION, fetcher).call(url))
 
 
-def test_killed_workers_are_replaced():
-    assert "Ada Low" in answer_to(ARTICLE)
+def kill_workers() -> int:
     workers = children_running(page_worker.__file__)
-    assert workers
     for worker in workers:
-        os.kill(worker.pid, signal.SIGKILL)
-        psutil.wait_procs([worker])
-    for _ in workers:
-        try:
-            answer_to(ARTICLE)
-        except ToolError as error:
-            assert "cannot be read" in str(error)
-    assert "Ada Low" in answer_to(ARTICLE)
+        worker.kill()
+    psutil.wait_procs(workers)
+    return len(workers)
+
+
+@pytest.fixture
+def other_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str], None]]:
+    """Gives the workers a program in place of trafilatura."""
+
+    def give(program: str) -> None:
+        (tmp_path / "trafilatura.py").write_text(program)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        kill_workers()
+
+    yield give
+    kill_workers()
+
+
+def test_a_page_is_read_though_all_idle_workers_were_killed():
+    assert "Ada Low" in answer_to(ARTICLE, extract_timeout_s=600.0)
+    assert kill_workers()
+    assert "Ada Low" in answer_to(ARTICLE, extract_timeout_s=600.0)
+
+
+# A library that ends its process at its work.
+ENDING = """
+import os, signal
+extract = None
+def load_html(text): {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "says", "retryable"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", r"outside \(exit status -9\)", True),
+        ("raise MemoryError", "takes too long or too much memory", False),
+        ("os.abort()", "takes too long or too much memory", False),
+    ],
+    ids=["killed", "no memory", "no memory in C"],
+)
+def test_a_page_is_blamed_only_for_what_it_did_to_its_worker(
+    end, says, retryable, other_library
+):
+    other_library(ENDING.format(end))
+    with pytest.raises(ToolError, match=says) as caught:
+        answer_to(ARTICLE)
+    assert caught.value.retryable == retryable
 
 
 def test_many_pages_are_read_at_once_by_few_workers():
