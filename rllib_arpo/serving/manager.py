@@ -170,16 +170,19 @@ class Manager:
     ) -> dict[str, str]:
         async with self._lock:
             configs = {name: await self._prepare(name, checkpoint) for name in names}
-            deployments = {
-                self._models[name].deployment: config
-                for name, config in configs.items()
-            }
-            await asyncio.to_thread(set_user_config, self._app, deployments)
-            versions = {name: config["version"] for name, config in configs.items()}
-            for name, version in versions.items():
-                await self._taken_over(name, version)
-                logger.info("model %s has version %s of the weights", name, version)
-            return versions
+            return await self._take(configs)
+
+    async def _take(self, configs: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+        """Let models take weights that their engines have loaded."""
+        deployments = {
+            self._models[name].deployment: config for name, config in configs.items()
+        }
+        await asyncio.to_thread(set_user_config, self._app, deployments)
+        versions = {name: config["version"] for name, config in configs.items()}
+        for name, version in versions.items():
+            await self._taken_over(name, version)
+            logger.info("model %s has version %s of the weights", name, version)
+        return versions
 
     async def expositions(self) -> dict[str, str]:
         """Replica -> its numbers, in Prometheus' text format, of agents and engines."""
@@ -272,12 +275,17 @@ class Manager:
             version = ""
             try:
                 version = await self._alias_version(name)
-                held = await self._held_version(name)
-                if version != held and tries.may_try(version, time.monotonic()):
-                    await self.reload(name)
+                if tries.may_try(version, time.monotonic()):
+                    await self._follow_to(name, version)
             except Exception as error:  # boundary: a later look may go well
                 tries.failed(version, time.monotonic())
                 logger.warning("%s keeps its weights: %s", name, error)
+
+    async def _follow_to(self, name: str, version: str) -> None:
+        # Asked under the lock: a reload that came meanwhile was the last act.
+        async with self._lock:
+            if version != await self._held_version(name):
+                await self._take({name: await self._prepare(name, None)})
 
 
 async def ask(response: Any) -> Any:
