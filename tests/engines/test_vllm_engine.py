@@ -35,11 +35,10 @@ from tests.vllm_session import (
     weights_of,
 )
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 GREEDY = SamplingParams(temperature=0)
 BLOCK = 32  # tokens of a block of keys and values on CPUs; GPUs have smaller ones
 CONTEXT = 512
-SHARED_MEMORY = Path("/dev/shm")
 
 
 @pytest.fixture(scope="module")
@@ -256,20 +255,29 @@ def test_the_context_ends_a_turn_and_a_full_prompt_gets_an_empty_one(
 def test_chunks_hold_the_interval_and_come_before_the_turn_ends(
     vllm: VLLMSession,
 ) -> None:
+    intervals = (1, 2, 7, 20, 500)
+
     async def sizes(interval: int) -> tuple[list[int], bool]:
-        request = ask("a", prompt_of(4, 0), 100, stream_interval=interval)
+        # Long, for vLLM joins what a loaded machine's consumer has not taken yet; with
+        # this seed it comes to no end before.
+        request = ask(
+            str(interval), prompt_of(4, 0), 400, seed=1, stream_interval=interval
+        )
         found, running = [], False
         async for chunk in vllm.engine.generate(request):
             found.append(len(chunk.token_ids))
             running = running or chunk.finish_reason is None
         return found, running
 
-    for interval in (1, 2, 7, 20):
-        found, before_the_end = vllm.run(sizes(interval))
-        assert min(found[:-1]) >= interval
-        assert sum(found) == 100
+    async def all_sizes() -> list[tuple[list[int], bool]]:
+        return await asyncio.gather(*map(sizes, intervals))
+
+    *several, (alone, _) = vllm.run(all_sizes())
+    for interval, (found, before_the_end) in zip(intervals, several, strict=False):
         assert before_the_end
-    assert vllm.run(sizes(200))[0] == [100]
+        assert min(found[:-1]) >= interval
+        assert sum(found) == 400
+    assert alone == [400]
 
 
 def test_a_fork_recomputes_no_more_than_one_block(vllm: VLLMSession) -> None:
@@ -365,7 +373,11 @@ def test_new_weights_are_scored_and_sampled_from_and_leave_no_file(
         (result,) = vllm.collect(ask("a", prompt, 40))
         assert_exact(new, prompt, result)
         assert result.policy_versions.tolist() == [version] * len(result.token_ids)
-    assert not [*SHARED_MEMORY.glob("rllib_arpo_*")]
+    # Of this process: the files through which weights pass are mapped, and gone.
+    mapped = Path("/proc/self/maps").read_text().splitlines()
+    names = [line.rpartition("/")[2] for line in mapped]
+    windows = [name for name in names if name.startswith("rllib_arpo_")]
+    assert windows and all(name.endswith(" (deleted)") for name in windows)
 
 
 @pytest.mark.parametrize("interval", [1, 8, 500])
@@ -383,7 +395,14 @@ def test_requests_in_flight_go_on_with_new_weights(
                 vllm.engine, ask("a", prompt, 460, seed=3, stream_interval=interval)
             )
         )
-        await collect(vllm.engine, ask("b", prompt_of(9, 1), 30))
+        while not vllm.engine.metrics()["num_running"]:
+            await asyncio.sleep(0)
+        # Where no chunk of its own tells, one beside it tells how far it has come.
+        beside = vllm.engine.generate(
+            ask("b", prompt_of(9, 1), 460, stream_interval=10)
+        )
+        async with aclosing(beside):
+            await anext(beside)
         await vllm.engine.update_weights(7, arrays)
         return await task
 
@@ -399,8 +418,9 @@ def test_requests_in_flight_go_on_with_new_weights(
     np.testing.assert_allclose(result.logprobs, expected, atol=1e-3)
     assert np.abs(result.logprobs - expected).mean() <= 1e-4
     # The switch is where it is said to be: the other model would score otherwise.
-    assert abs(result.logprobs[switched] - before[switched]) > 1e-3
-    assert abs(result.logprobs[switched - 1] - after[switched - 1]) > 1e-3
+    last, first = slice(max(switched - 8, 0), switched), slice(switched, switched + 8)
+    assert np.abs(result.logprobs[first] - before[first]).max() > 1e-3
+    assert np.abs(result.logprobs[last] - after[last]).max() > 1e-3
 
 
 def test_weights_that_do_not_fit_are_refused_by_name_and_change_nothing(
@@ -703,8 +723,8 @@ def test_adapters_are_swapped_by_request(adapted: VLLMSession, llama: str) -> No
         async with aclosing(stream):
             chunks = [await anext(stream)]
             await adapted.engine.update_weights(6, two)
-            later = await collect(adapted.engine, ask("b", prompt, 20))
             meanwhile = adapted.engine.metrics()["num_running"] == 1
+            later = await collect(adapted.engine, ask("b", prompt, 20))
             chunks += [chunk async for chunk in stream]
         return joined(chunks), later, meanwhile
 
@@ -748,18 +768,22 @@ def test_a_killed_process_fails_requests_in_flight_at_once_and_later_ones(
     adapted: VLLMSession,
 ) -> None:
     async def kill() -> None:
-        streams = [
-            adapted.engine.generate(ask(str(i), prompt_of(9, i), 400)) for i in range(4)
+        for process in adapted.processes:
+            process.suspend()  # so that no request can end by itself
+        asked = [
+            asyncio.create_task(
+                collect(adapted.engine, ask(str(i), prompt_of(9, i), 400))
+            )
+            for i in range(4)
         ]
-        # One after the other, the first could have ended before the last begins.
-        await asyncio.gather(*map(anext, streams))
+        while adapted.engine.metrics()["num_waiting"] < 4:
+            await asyncio.sleep(0)
         for process in adapted.processes:
             process.kill()
         async with asyncio.timeout(10):
-            for stream in streams:
+            for one in asked:
                 with pytest.raises(EngineError, match="is dead"):
-                    while True:
-                        await anext(stream)
+                    await one
             with pytest.raises(EngineError, match="is dead"):
                 await collect(adapted.engine, ask("b", prompt_of(9, 0)))
             with pytest.raises(EngineError, match="is dead"):
