@@ -24,7 +24,11 @@ def start(*words: object, folder: Path, stdout: Path | None = None) -> subproces
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     """Exit code, stdout, stderr."""
-    out, err = process.communicate(timeout=LIMIT_S)
+    with process:
+        try:
+            out, err = process.communicate(timeout=LIMIT_S)
+        finally:
+            process.kill()  # unless it has ended
     return process.returncode, out or "", err
 
 

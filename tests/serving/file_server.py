@@ -50,7 +50,7 @@ def serving_file(
         "args": dict(args),
         "deployments": deployments or [],
     }
-    file, log = folder / "config.yaml", folder / "serve.log"
+    file = folder / "config.yaml"
     options = {"host": "127.0.0.1", "port": port}
     file.write_text(
         yaml.safe_dump(
@@ -62,27 +62,44 @@ def serving_file(
         sockets = (
             {} if binary is None else haproxy_settings(binary, Path(short), PATIENCE_S)
         )
-        # Not the Ray that another test has started.
-        words = ["serve", "run", "--address", "local", str(file)]
-        with log.open("w") as written:
-            process = subprocess.Popen(
-                [str(Path(sys.executable).with_name(words[0])), *words[1:]],
-                cwd=ROOT,
-                stdout=written,
-                stderr=written,
-                env=os.environ
-                | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-                | {ADMIN_KEY_VARIABLE: ADMIN_KEY, API_KEYS_VARIABLE: KEY}
-                | sockets
-                | environment,
-            )
-        headers = {"Authorization": f"Bearer {KEY}"}
-        url = f"http://127.0.0.1:{port}"
-        with httpx2.Client(base_url=url, headers=headers, timeout=PATIENCE_S) as client:
+        with serve_run(file, port, **sockets, **environment) as served:
+            yield served
+
+
+@contextmanager
+def serve_run(file: Path, port: int, **environment: str) -> Iterator[Served]:
+    """`serve run` of a configuration, which has no other applications.
+
+    Args:
+        file: the configuration; a log is written beside it.
+        port: that it names.
+        environment: of Ray's processes.
+    """
+    log = file.with_suffix(".log")
+    # Not the Ray that another test has started.
+    words = ["serve", "run", "--address", "local", str(file)]
+    with log.open("w") as written:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).with_name(words[0])), *words[1:]],
+            cwd=ROOT,
+            stdout=written,
+            stderr=written,
+            env=os.environ
+            | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+            | {ADMIN_KEY_VARIABLE: ADMIN_KEY, API_KEYS_VARIABLE: KEY}
+            | environment,
+        )
+    headers = {"Authorization": f"Bearer {KEY}"}
+    url = f"http://127.0.0.1:{port}"
+    client = httpx2.Client(base_url=url, headers=headers, timeout=PATIENCE_S)
+    with client, process:
+        try:
+            until(lambda: process.poll() is not None or is_up(client))
+            assert process.poll() is None, log.read_text()
+            yield Served(pid=process.pid, url=url, client=client)
+        finally:
+            process.send_signal(signal.SIGINT)
             try:
-                until(lambda: process.poll() is not None or is_up(client))
-                assert process.poll() is None, log.read_text()
-                yield Served(pid=process.pid, url=url, client=client)
-            finally:
-                process.send_signal(signal.SIGINT)
                 process.wait(timeout=PATIENCE_S)
+            finally:
+                process.kill()  # unless it has ended

@@ -10,7 +10,15 @@ import openai
 import pytest
 
 from tests.serving.held_env import HOLD
-from tests.serving.served import CHAT, KEY, QUESTION, Served, asked, until
+from tests.serving.served import (
+    CHAT,
+    KEY,
+    PATIENCE_S,
+    QUESTION,
+    Served,
+    asked,
+    until,
+)
 from tests.test_readme import PROGRAMS
 
 pytestmark = pytest.mark.slow
@@ -54,7 +62,10 @@ def test_the_client_in_the_readme_runs_as_printed(served: Served) -> None:
         assert printed in program
         program = program.replace(printed, here)
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("\n")

@@ -1,8 +1,6 @@
 """`rllib-arpo serve` and `ServeArgs`: what is refused before anything starts."""
 
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -10,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -23,22 +20,13 @@ from rllib_arpo.agent_weights import find_weights
 from rllib_arpo.cli import main
 from rllib_arpo.cli_serving import is_loopback, name_and_source, serve_args
 from rllib_arpo.errors import ConfigError
-from rllib_arpo.serving.access import (
-    ADMIN_KEY_VARIABLE,
-    API_KEYS_VARIABLE,
-    hash_key,
-)
+from rllib_arpo.serving.access import API_KEYS_VARIABLE, hash_key
 from rllib_arpo.serving.app import build_app
 from rllib_arpo.serving.front import free_ports
 from rllib_arpo.serving.serve_args import ServeArgs
 from tests.scripts import ROOT
-from tests.serving.served import (
-    ADMIN_KEY,
-    Served,
-    is_up,
-    make_endless,
-    until,
-)
+from tests.serving.file_server import serve_run
+from tests.serving.served import PATIENCE_S, make_endless
 
 WITHOUT = """
 import sys
@@ -89,7 +77,7 @@ def test_the_extra_to_install_is_named(package: str) -> None:
         [sys.executable, "-c", WITHOUT, package, *words],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 2
     assert done.stderr == (
@@ -248,26 +236,13 @@ def test_an_application_of_a_file_takes_other_weights_too(
     config["http_options"]["port"] = port
     (app,) = config["applications"]
     app["args"]["models"] = [{"name": "almanac", "checkpoint": almanac_model}]
+    no_cpus = {"ray_actor_options": {"num_cpus": 0}}
+    app["deployments"] = [{"name": name, **no_cpus} for name in ("agent", "engine-0")]
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config))
     other = make_endless(almanac_model, tmp_path / "endless")
-    process = subprocess.Popen(
-        [str(Path(sys.executable).with_name("serve")), "run", str(file)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", ADMIN_KEY_VARIABLE: ADMIN_KEY},
-    )
-    with httpx2.Client(base_url=f"http://127.0.0.1:{port}") as client, process:
-        server = Served(pid=process.pid, url=str(client.base_url), client=client)
-        try:
-            until(lambda: is_up(client))
-            before = server.replicas("engine-0")
-            reply = server.reload(checkpoint=str(other))
-            assert reply.json() == {
-                "models": {"almanac": find_weights(str(other)).version}
-            }
-            assert server.replicas("engine-0") == before
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(timeout=120)
+    with serve_run(file, port) as server:
+        (engine,) = server.replicas("engine-0")
+        reply = server.reload(checkpoint=str(other))
+        assert reply.json() == {"models": {"almanac": find_weights(str(other)).version}}
+        assert server.replicas("engine-0") == {engine}
