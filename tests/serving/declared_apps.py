@@ -3,7 +3,6 @@
 Run as a process of its own: Serve starts threads where it is imported.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,26 +10,13 @@ from typing import Any
 import httpx2
 import ray
 from ray import serve
-from ray.serve import Application
 from ray.serve.context import _get_global_client
 from ray.serve.schema import APIType, ServeDeploySchema
 
 from rllib_arpo.serving.front import free_ports
 from rllib_arpo.serving.user_configs import set_user_config, user_configs
-from tests.serving.served import until
-
-
-@serve.deployment(ray_actor_options={"num_cpus": 0}, user_config={"says": "built"})
-class Says:
-    def reconfigure(self, config: dict[str, str]) -> None:
-        self.says = config["says"]
-
-    async def __call__(self, request: object) -> list[Any]:
-        return [self.says, os.getpid()]
-
-
-def build(args: dict[str, str]) -> Application:
-    return Says.bind()
+from tests.serving.says_app import Says
+from tests.serving.served import PATIENCE_S, is_up, until
 
 
 def declared(*names: str) -> ServeDeploySchema:
@@ -39,7 +25,7 @@ def declared(*names: str) -> ServeDeploySchema:
         {
             "name": name,
             "route_prefix": f"/{name}",
-            "import_path": "tests.serving.declared_apps:build",
+            "import_path": "tests.serving.says_app:build",
         }
         for name in names
     ]
@@ -59,16 +45,19 @@ def main() -> None:
     (port,) = free_ports(1)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     client = _get_global_client()
-    client.deploy_apps(declared("first", "second"), _blocking=True)
+    client.deploy_apps(declared("first", "second"))
     serve.run(Says.bind(), name="third", route_prefix="/third")
+    names = ("first", "second", "third")
+    http = httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S)
+    until(lambda: all(is_up(http, f"/{name}") for name in names))
 
     def said(name: str) -> list[Any]:
-        return httpx2.get(f"http://127.0.0.1:{port}/{name}").json()
+        return http.get(f"/{name}").json()
 
     def says(name: str, *wanted: object) -> Callable[[], bool]:
         return lambda: said(name) == list(wanted)
 
-    pids = {name: said(name)[1] for name in ("first", "second", "third")}
+    pids = {name: said(name)[1] for name in names}
     assert said("first") == ["a", pids["first"]]
     for name in pids:
         set_user_config(name, {"Says": {"says": "b"}})
@@ -84,7 +73,7 @@ def main() -> None:
     assert kept.max_ongoing_requests == 7
 
     # Those that a file had are known as such: a later file without one ends it.
-    client.deploy_apps(declared("first"), _blocking=True)
+    client.deploy_apps(declared("first"))
     until(lambda: set(sources()) == {"first", "third"})
     until(says("first", "a", pids["first"]))
     assert said("third") == ["b", pids["third"]]

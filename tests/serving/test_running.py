@@ -8,7 +8,7 @@ import pytest
 
 from tests.scripts import ROOT
 
-LIMIT_S = 240
+LIMIT_S = 600
 
 
 @pytest.mark.slow

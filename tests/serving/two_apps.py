@@ -4,6 +4,7 @@ Run as a process of its own: Serve starts threads where it is imported.
 """
 
 import sys
+from functools import partial
 
 import httpx2
 import ray
@@ -12,6 +13,8 @@ from ray import serve
 from rllib_arpo.errors import ConfigError
 from rllib_arpo.serving.front import free_ports
 from rllib_arpo.serving.running import running_app, serve_runs
+
+LIMIT_S = 600
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0})
@@ -34,7 +37,7 @@ def main() -> None:
 
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(Named.bind("other"), name="other", route_prefix="/other")
-    url = f"http://127.0.0.1:{port}"
+    url, get = f"http://127.0.0.1:{port}", partial(httpx2.get, timeout=LIMIT_S)
     try:
         with running_app(mine, name="mine", host="127.0.0.1", port=other_port):
             raise AssertionError("it was started")
@@ -47,12 +50,12 @@ def main() -> None:
                 raise AssertionError("it was started")
         except ConfigError as error:
             assert "other" in str(error) or f"--port {port}" in str(error), error
-        assert httpx2.get(f"{url}/other").text == "other"
+        assert get(f"{url}/other").text == "other"
     with running_app(mine, name="mine", host="127.0.0.1", port=port):
-        assert httpx2.get(url).text == "mine"
-        assert httpx2.get(f"{url}/other").text == "other"
+        assert get(url).text == "mine"
+        assert get(f"{url}/other").text == "other"
     assert list(serve.status().applications) == ["other"]
-    assert httpx2.get(f"{url}/other").text == "other"
+    assert get(f"{url}/other").text == "other"
     serve.shutdown()
 
 
