@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from rllib_arpo.engines.engine import GenerationRequest
+from rllib_arpo.engines.engine import GenerationRequest, SamplingParams
 from rllib_arpo.serving.engine_client import EngineChunk, TurnEngine
 
 PROMPT = np.arange(5, 25, dtype=np.int32)
@@ -11,15 +11,18 @@ PROMPT = np.arange(5, 25, dtype=np.int32)
 def request(
     request_id: str = "turn",
     *,
+    prompt: np.ndarray = PROMPT,
     max_tokens: int = 12,
     stream_interval: int = 1,
     seed: int = 7,
+    temperature: float = 1.0,
 ) -> GenerationRequest:
     return GenerationRequest(
         request_id=request_id,
-        prompt_token_ids=PROMPT,
+        prompt_token_ids=prompt,
         max_tokens=max_tokens,
         seed=seed,
+        sampling=SamplingParams(temperature=temperature),
         stream_interval=stream_interval,
     )
 

@@ -19,6 +19,7 @@ from rllib_arpo.serving.engine_client import (
     InProcessEngine,
     VersionGoneError,
 )
+from rllib_arpo.serving.front import free_ports
 from rllib_arpo.serving.serve_engine import ServeEngine
 from rllib_arpo.serving.turn_places import Connection, Places
 from rllib_arpo.serving.turn_server import MAX_GREETING_BYTES, Generate, TurnServer
@@ -31,7 +32,7 @@ from rllib_arpo.serving.turn_wire import (
     unpack_chunk,
     unpack_request,
 )
-from tests.serving.engine_turns import collect, request, token_ids
+from tests.serving.engine_turns import PROMPT, collect, request, token_ids
 
 LIMIT_S = 60
 
@@ -130,10 +131,12 @@ def test_many_turns_share_a_connection_and_each_gets_its_own_tokens(
 ) -> None:
     async def run() -> None:
         engine = InProcessEngine(TorchEngine.from_pretrained(almanac_model))
-        wanted = [request(f"direct {n}", seed=n) for n in range(20)]
+        wanted = [
+            request(f"{n}", prompt=PROMPT + n, temperature=0.0) for n in range(20)
+        ]
         direct = [token_ids(await collect(engine, one)) for one in wanted]
         async with served(engine.generate) as server, connected(server) as connection:
-            turns = (collect(connection, request(f"{n}", seed=n)) for n in range(20))
+            turns = (collect(connection, one) for one in wanted)
             through = [token_ids(chunks) for chunks in await asyncio.gather(*turns)]
         assert through == direct
         assert len({tuple(ids) for ids in direct}) > 1
@@ -176,8 +179,8 @@ def test_an_engine_that_is_gone_loses_its_turns_at_once() -> None:
             writer.write(frame([(number, "chunk", pack_chunk(chunk(1)))]))
             writer.close()
 
-        listening = await asyncio.start_server(hang_up, "127.0.0.1", 0)
-        port = listening.sockets[0].getsockname()[1]
+        (port,) = free_ports(1)
+        listening = await asyncio.start_server(hang_up, "127.0.0.1", port)
         connection = Connection(TurnAddress(host="127.0.0.1", port=port, key="k"), "me")
         async with listening, asyncio.timeout(LIMIT_S):
             await connection.open()
