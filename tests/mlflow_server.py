@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import httpx2
+import psutil
 import pytest
 
 from rllib_arpo.serving.front import free_ports
+from tests.serving.served import PATIENCE_S, is_up, until
 
-LIMIT_S = 120
 # Marks for tests that use MLflow in their process: its own use of its libraries warns.
 MLFLOWS_WARNINGS = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -19,7 +20,12 @@ MLFLOWS_WARNINGS = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
-DOUBTS = "the server did not start"
+
+
+# Of the runs and of the models.
+FIRST_USES = [
+    f"/api/2.0/mlflow/{kind}/search" for kind in ("experiments", "registered-models")
+]
 
 
 class MLflowServer:
@@ -42,23 +48,42 @@ class MLflowServer:
             *("--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"),
             *("--artifacts-destination", str(self.folder / "artifacts")),
         ]
-        with (self.folder / "server.log").open("a") as log:
-            self._process = subprocess.Popen(
+        log = self.folder / "server.log"
+        with log.open("a") as written:
+            self._process = process = subprocess.Popen(
                 words,
                 cwd=self.folder,
-                stdout=log,
-                stderr=log,
+                stdout=written,
+                stderr=written,
                 start_new_session=True,
                 env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             )
-        # Connections that are refused are tried again by the transport, with backoff.
-        transport = httpx2.HTTPTransport(retries=12)
-        with httpx2.Client(transport=transport, timeout=LIMIT_S) as client:
-            assert client.get(f"{self.uri}/health").status_code == 200, DOUBTS
+        with httpx2.Client(base_url=self.uri, timeout=PATIENCE_S) as client:
+            try:
+                until(lambda: process.poll() is not None or is_up(client))
+                assert process.poll() is None, log.read_text()
+                # It opens its stores at their first use, which takes longer than those
+                # who are tested wait.
+                for path in FIRST_USES:
+                    client.get(path, params={"max_results": 1}).raise_for_status()
+            except BaseException:
+                self.kill()
+                raise
 
     def kill(self) -> None:
-        """As a power cut does, with its workers."""
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
+        """As a power cut does, with its workers: none of them is left."""
+        process, self._process = self._process, None
+        if process is None or process.poll() is not None:
+            return
+        workers = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        until(lambda: not any(map(runs, workers)))
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether it has not ended; nobody may have waited for it yet."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -197,6 +197,7 @@ def test_the_web_page_shows_a_tree_with_its_turns_and_tools(
     )
     with opened_chromium() as browser:
         page = browser.new_page()
+        page.set_default_timeout(LIMIT_S * 1000)
         page.goto(
             f"{server.uri}/#/experiments/{experiment.experiment_id}/traces"
             f"?selectedEvaluationId={trace.info.trace_id}"

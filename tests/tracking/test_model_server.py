@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from rllib_arpo.serving.front import free_ports
 from rllib_arpo.tracking.mlflow_model import INPUT_EXAMPLE
 from rllib_arpo.tracking.registry import register_model
 from tests.mlflow_server import MLFLOWS_WARNINGS
+from tests.serving.served import PATIENCE_S, is_up, until
 
-LIMIT_S = 240
 pytestmark = [
     pytest.mark.slow,
     *MLFLOWS_WARNINGS,
@@ -36,12 +37,13 @@ def model_server(model: str, uri: str, folder: Path) -> Iterator[httpx2.Client]:
         *("--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)),
         *("--workers", "1"),
     ]
-    with (folder / "models_serve.log").open("w") as log:
+    log = folder / "models_serve.log"
+    with log.open("w") as written:
         process = subprocess.Popen(
             words,
             cwd=folder,
-            stdout=log,
-            stderr=log,
+            stdout=written,
+            stderr=written,
             start_new_session=True,
             env=os.environ
             | {
@@ -52,12 +54,11 @@ def model_server(model: str, uri: str, folder: Path) -> Iterator[httpx2.Client]:
                 "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             },
         )
+    url = f"http://127.0.0.1:{port}"
     try:
-        # Connections that are refused are tried again by the transport, with backoff.
-        transport = httpx2.HTTPTransport(retries=12)
-        with httpx2.Client(
-            transport=transport, base_url=f"http://127.0.0.1:{port}", timeout=LIMIT_S
-        ) as client:
+        with httpx2.Client(base_url=url, timeout=PATIENCE_S) as client:
+            until(lambda: process.poll() is not None or is_up(client))
+            assert process.poll() is None, log.read_text()
             yield client
     finally:
         os.killpg(process.pid, signal.SIGKILL)
@@ -70,8 +71,9 @@ def test_mlflow_models_serve_answers_as_the_loaded_model_does(
     uri = f"sqlite:///{tmp_path / 'mlruns.db'}"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    save_agent(find_agent(almanac_model).settings, almanac_model)
-    register_model(almanac_model, "tiny")
+    agent = shutil.copytree(almanac_model, tmp_path / "agent")
+    save_agent(find_agent(almanac_model).settings, agent)
+    register_model(str(agent), "tiny")
     asked: dict[str, Any] = {**INPUT_EXAMPLE, "max_tokens": 8, "seed": 1}
     set_tracking_uri(uri)
     try:
