@@ -77,7 +77,9 @@ def test_warnings_of_a_store_that_is_away_hide_it_and_only_the_owner_can_read_it
     file = tmp_path / "run.json"
     assert file.stat().st_mode & 0o777 == 0o600
     assert URI in file.read_text()
-    assert Buffer(tmp_path).spec.uri == URI
+    again = Buffer(tmp_path)
+    assert again.spec.uri == URI
+    assert not again.close(0.0)
 
 
 def test_an_error_of_the_registry_hides_it(tmp_path) -> None:
