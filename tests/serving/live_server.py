@@ -1,7 +1,9 @@
 """A real server on a free port of loopback, in a thread, and requests to it."""
 
 import asyncio
+import itertools
 import json
+import math
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -16,6 +18,7 @@ from starlette.types import ASGIApp
 from rllib_arpo.engines.engine import GenerationRequest, TokenChunk
 from rllib_arpo.serving.agent import Agent
 from rllib_arpo.serving.engine_client import EngineChunk
+from rllib_arpo.serving.front import free_ports
 from rllib_arpo.serving.service import ChatService
 from tests.serving.scripted_agents import USER, make_env
 
@@ -28,8 +31,9 @@ class LiveServer:
 
     def __init__(self, app: ASGIApp) -> None:
         # Bound and listening before the thread runs: nobody has to wait for it.
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self._socket.getsockname()[1]
+        # And when it is gone, nobody is given its port by chance.
+        (self.port,) = free_ports(1)
+        self._socket = socket.create_server(("127.0.0.1", self.port))
         self.url = f"http://127.0.0.1:{self.port}"
         config = uvicorn.Config(
             app, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=5
@@ -90,13 +94,13 @@ class EndlessEngine:
     """Writes the same token until it is closed, and tells when.
 
     Args:
-        silent: it writes nothing, but is as busy.
+        num_tokens: after so many it writes nothing, but is as busy.
     """
 
-    def __init__(self, *, silent: bool = False) -> None:
+    def __init__(self, *, num_tokens: float = math.inf) -> None:
         self.started = threading.Event()
         self.closed = threading.Event()
-        self._silent = silent
+        self._num_tokens = num_tokens
         self._token = make_env().dialogue.model_ids("a")[:1]
 
     def service(self) -> ChatService:
@@ -115,8 +119,8 @@ class EndlessEngine:
         )
         self.started.set()
         try:
-            while True:
-                if self._silent:
+            for number in itertools.count():
+                if number >= self._num_tokens:
                     await asyncio.Event().wait()
                 await asyncio.sleep(0)
                 yield EngineChunk(version="v1", tokens=chunk)

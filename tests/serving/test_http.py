@@ -4,9 +4,11 @@ import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
+import httpx2
 import pytest
 
 from rllib_arpo.errors import ConfigError, EngineError
+from rllib_arpo.serving import api_errors
 from rllib_arpo.serving.access import hash_key
 from rllib_arpo.serving.agent import Agent
 from rllib_arpo.serving.engine_client import EngineLostError
@@ -30,7 +32,9 @@ from tests.serving.scripted_agents import (
     make_env,
     service,
 )
+from tests.virtual_time import run_virtual
 
+HERE = "http://127.0.0.1"
 ADMIN = {"Authorization": "Bearer admin"}
 
 
@@ -247,7 +251,7 @@ def test_a_bug_is_logged_and_not_told(
         last = answer.json()
     assert last["error"]["type"] == "server_error"
     assert "secret" not in answer.text
-    (record,) = caplog.records
+    (record,) = (one for one in caplog.records if one.name == api_errors.__name__)
     assert record.exc_info is not None
     assert record.exc_info[1] is failing.error
 
@@ -272,7 +276,7 @@ def test_an_engine_lost_in_mid_stream_is_the_last_event():
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_takes_too_long_is_given_up(stream: bool):
-    engine = EndlessEngine(silent=True)
+    engine = EndlessEngine(num_tokens=0)
     with serve(engine.service(), HttpSettings(max_request_s=0.05)) as live:
         answer = live.client.post(CHAT, json=ask(stream=stream))
         assert engine.closed.wait(PATIENCE_S)
@@ -281,12 +285,22 @@ def test_an_answer_that_takes_too_long_is_given_up(stream: bool):
 
 
 def test_a_stream_that_takes_too_long_ends_with_an_error():
-    engine = EndlessEngine()
-    with serve(engine.service(), HttpSettings(max_request_s=0.5)) as live:
-        answer = live.client.post(CHAT, json=ask(stream=True))
-        assert engine.closed.wait(PATIENCE_S)
+    engine = EndlessEngine(num_tokens=1)
+    app = make_http_app(engine.service(), HttpSettings(max_request_s=0.5))
+
+    async def answered() -> httpx2.Response:
+        transport = httpx2.ASGITransport(app)
+        async with httpx2.AsyncClient(transport=transport, base_url=HERE) as client:
+            return await client.post(CHAT, json=ask(stream=True))
+
+    # On a clock that stands still until the engine is silent.
+    answer = run_virtual(answered())
+    assert engine.closed.is_set()
     assert answer.status_code == 200
-    assert events(answer.text)[-1]["error"]["type"] == "timeout_error"
+    *chunks, last = events(answer.text)
+    assert chunks
+    assert last["error"]["type"] == "timeout_error"
+    assert "more than 0.5 s" in last["error"]["message"]
 
 
 # Clients that hang up
@@ -304,7 +318,7 @@ def test_a_client_that_leaves_a_stream_stops_the_engine():
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_before_any_text_stops_the_engine(stream: bool):
-    engine = EndlessEngine(silent=True)
+    engine = EndlessEngine(num_tokens=0)
     with serve(engine.service()) as live:
         connection = live.connection(ask(stream=stream))
         assert engine.started.wait(PATIENCE_S)

@@ -157,7 +157,7 @@ def test_keys_and_limits_are_the_client_s_errors():
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_takes_too_long_is_not_asked_for_again(stream: bool):
-    engine = EndlessEngine(silent=True)
+    engine = EndlessEngine(num_tokens=0)
     app = make_http_app(engine.service(), HttpSettings(max_request_s=0.05))
     with (
         LiveServer(app) as live,
