@@ -29,7 +29,7 @@ def test_a_lost_agent_costs_the_answers_that_it_wrote(served: Served) -> None:
     failed = {(r.status, r.error) for r in crowd.replies if r.version is None}
     # A stream that is cut, what HAProxy says, or 5xx of Serve's proxy in plain text.
     assert failed <= {(0, None), (503, "agent_lost"), (500, ""), (503, "")}
-    assert served.client.get("/health").status_code == 200
+    until(lambda: served.client.get("/health").status_code == 200)
 
 
 def test_a_lost_manager_costs_no_answer(served: Served) -> None:

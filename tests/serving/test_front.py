@@ -112,10 +112,18 @@ def test_strangers_are_not_taken_for_clients_of_this_machine(
     refuse_unknown_clients(open_to_all, is_local=False)
 
 
+def name_of(process: psutil.Process) -> str | None:
+    """None of one that has ended: Ray's workers come and go."""
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return None
+
+
 @needs_haproxy
 def test_the_server_listens_at_its_port_of_this_machine_alone(served: Served) -> None:
     processes = psutil.Process(served.pid).children(recursive=True)
-    (haproxy,) = (one for one in processes if one.name() == "haproxy")
+    (haproxy,) = (one for one in processes if name_of(one) == "haproxy")
     addresses = {
         connection.laddr
         for connection in haproxy.net_connections("tcp")
