@@ -27,6 +27,10 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._clock.now
 
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:
+        # Without a limit: the clock would jump over it while a thread ends.
+        await super().shutdown_default_executor()
+
 
 def run_virtual(work: Coroutine[Any, Any, T]) -> T:
     """`asyncio.run` on a loop with a virtual clock."""
