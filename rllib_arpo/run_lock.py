@@ -1,4 +1,4 @@
-"""One process at a time trains in a run's folder.
+"""One process at a time works in a folder, such as that of a run.
 
 A lock of `lockf`, not of `flock`: a forked child does not share it, so that none holds
 it on when its parent was killed, and network file systems know it.
@@ -21,11 +21,20 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def only_here(folder: Path) -> Iterator[None]:
+def only_here(
+    folder: Path,
+    *,
+    does: str = "trains",
+    cure: str = "wait for its end, or stop it, or choose another --out",
+) -> Iterator[None]:
     """Keep other processes out of a folder; whatever ends this one lets them in.
 
+    Nothing keeps this process out: what it opens twice, it loses at the first end.
+
     Args:
-        folder: of a run. The lock is a file in it, which is left.
+        folder: of a run, for example. The lock is a file in it, which is left.
+        does: for the error, what another process does there.
+        cure: likewise, what to do about it.
 
     Raises:
         ConfigError: another process is there.
@@ -41,15 +50,13 @@ def only_here(folder: Path) -> Iterator[None]:
             handle.seek(0)
             holder = handle.read().decode() or "it has not said which"
             raise ConfigError(
-                f"another process trains in {folder} ({holder}): wait for its end, or "
-                "stop it, or choose another --out"
+                f"another process {does} in {folder} ({holder}): {cure}"
             ) from None
         except OSError as error:
             logger.warning(
                 "%s cannot be locked (%s): see to it yourself that no other process "
-                "trains there",
-                folder,
-                error.strerror,
+                "%s there",
+                *(folder, error.strerror, does),
             )
         # A full disk does not matter here: what comes next may make room.
         with suppress(OSError):

@@ -11,20 +11,25 @@
    one. A run is found again by a tag with the folder's own id.
 4. A disk that is full, or a gigabyte that waits, costs lines and never training: there
    is one warning, and the number of lines at the end.
+5. One buffer has a folder until its thread has ended, perhaps long after `close`, in a
+   call that a server does not answer. Until then other processes are kept out, and the
+   next buffer of this process takes lines but sends none.
 """
 
 import json
 import logging
+import os
 import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rllib_arpo.errors import ARPOError
+from rllib_arpo.errors import ARPOError, ConfigError
+from rllib_arpo.run_lock import only_here
 from rllib_arpo.storage import ASIDE, write_whole
 from rllib_arpo.tracking.mlflow_outbox import Outbox
 from rllib_arpo.tracking.mlflow_store import (
@@ -78,6 +83,7 @@ class Buffer:
         gather_s: between the end of one sending and the next.
 
     Raises:
+        ConfigError: another buffer has the folder and is not closed.
         OSError: the folder cannot be read or written.
         CheckpointError: likewise.
     """
@@ -91,11 +97,7 @@ class Buffer:
     ) -> None:
         self.folder = Path(folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / SPEC_FILE
-        if not file.exists():
-            _write_spec(file, spec or RunSpec())
-        self.spec = RunSpec(**json.loads(file.read_text()))
-        self._outbox = Outbox(self.folder)
+        self._place = self.folder.resolve()
         self._gather_s = gather_s
         self._sender: Sender | None = None
         self._num_dropped = 0
@@ -103,10 +105,20 @@ class Buffer:
         self._hurry = threading.Event()
         self._idle = threading.Condition()
         self._closing = False
-        self._thread = threading.Thread(
-            target=self._run, name="rllib_arpo-mlflow", daemon=True
-        )
-        self._thread.start()
+        before = _hold(self)
+        try:
+            file = self.folder / SPEC_FILE
+            if not file.exists():
+                _write_spec(file, spec or RunSpec())
+            self.spec = RunSpec(**json.loads(file.read_text()))
+            self._outbox = Outbox(self.folder)
+            self._thread = threading.Thread(
+                target=self._run, args=(before,), name="rllib_arpo-mlflow", daemon=True
+            )
+            self._thread.start()
+        except BaseException:
+            _let_go(self)
+            raise
         self._wake.set()
 
     @property
@@ -167,11 +179,17 @@ class Buffer:
             return self._idle.wait_for(lambda: not self.pending_bytes, timeout_s)
 
     def close(self, timeout_s: float = 10.0) -> bool:
-        """`flush`, then stop; what is left is sent by whoever opens the folder next."""
+        """`flush`, then stop; what is left is sent by whoever opens the folder next.
+
+        The thread is waited for as long; it ends by itself once its server has answered
+        or has not.
+        """
+        deadline = time.monotonic() + timeout_s
         done = self.flush(timeout_s)
-        self._closing = True
-        self._send_now()
         self._outbox.close()
+        self._closing = True  # from here on the next buffer may append
+        self._send_now()
+        self._thread.join(max(deadline - time.monotonic(), 0.0))
         if self._num_dropped:
             logger.warning(
                 "MLflow at %s lacks %d lines that %s could not keep",
@@ -193,12 +211,23 @@ class Buffer:
         self._hurry.set()
         self._wake.set()
 
-    def _run(self) -> None:
+    def _run(self, before: "Buffer | None") -> None:
+        try:
+            if before is not None:
+                before._thread.join()
+                self._outbox.catch_up()
+            self._send_until_closed()
+        finally:
+            _let_go(self)
+
+    def _send_until_closed(self) -> None:
         failures, stuck_at = 0, -1
-        while not self._closing:
+        while True:
             self._wake.wait()
             self._wake.clear()
             self._hurry.clear()
+            if self._closing:  # looked at last: `close` wakes once
+                return
             try:
                 pause = self._gather_s if self._send_all() else 0.0
                 failures = 0
@@ -251,6 +280,61 @@ class Buffer:
         return True
 
 
+@dataclass(slots=True)
+class _Hold:
+    """Of a folder that other processes are kept out of.
+
+    Attributes:
+        lock: held until it is closed.
+        buffers: whose threads have not ended. Only the last one may be open.
+    """
+
+    lock: ExitStack
+    buffers: list[Buffer] = field(default_factory=list)
+
+
+_holding = threading.Lock()
+_holds: dict[Path, _Hold] = {}
+
+
+def _hold(buffer: Buffer) -> Buffer | None:
+    """Take the folder; the closed buffer that still sends from it, if there is one."""
+    place = buffer._place
+    with _holding:
+        if place not in _holds:
+            lock = ExitStack()
+            lock.enter_context(
+                only_here(place, does="tracks a run", cure="wait for its end")
+            )
+            _holds[place] = _Hold(lock)
+        buffers = _holds[place].buffers
+        before = buffers[-1] if buffers else None
+        if before is not None and not before._closing:
+            raise ConfigError(
+                f"this process tracks a run in {buffer.folder} already: close that "
+                "buffer first"
+            )
+        buffers.append(buffer)
+        return before
+
+
+def _let_go(buffer: Buffer) -> None:
+    with _holding:
+        _holds[buffer._place].buffers.remove(buffer)
+        if not _holds[buffer._place].buffers:
+            _holds.pop(buffer._place).lock.close()
+
+
+def _forget_holds() -> None:
+    """In a forked child: locks and threads are the parent's."""
+    global _holding
+    _holding = threading.Lock()
+    _holds.clear()
+
+
+os.register_at_fork(after_in_child=_forget_holds)
+
+
 def read_run_id(folder: str | Path) -> str | None:
     """The MLflow run of a buffer's folder; None as long as there is none."""
     with suppress(FileNotFoundError):
@@ -259,7 +343,13 @@ def read_run_id(folder: str | Path) -> str | None:
 
 
 def send_later(folder: str | Path, *, timeout_s: float = 60.0) -> bool:
-    """Send what a process that ended has left; whether MLflow has everything."""
+    """Send what a process that ended has left; whether MLflow has everything.
+
+    Raises:
+        ConfigError: the folder is in use.
+        OSError: it cannot be read or written.
+        CheckpointError: likewise.
+    """
     return Buffer(folder).close(timeout_s)
 
 

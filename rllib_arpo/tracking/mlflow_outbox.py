@@ -32,6 +32,8 @@ CHUNK_BYTES = 64 * 1024
 class Outbox:
     """The lines of one folder. One thread appends while another reads.
 
+    Nothing else may append: another outbox would cut off what seems half a line.
+
     Args:
         folder: it is there.
         max_bytes: that may wait.
@@ -54,10 +56,7 @@ class Outbox:
         self._lock = threading.Lock()
         (folder / OUTBOX).mkdir(exist_ok=True)
         starts = self._starts()
-        noted = 0
-        with suppress(FileNotFoundError):
-            noted = int((folder / SENT).read_text())
-        self._sent = max(noted, *starts[:1], 0)
+        self._sent = max(self._noted(), *starts[:1], 0)
         self._start = starts[-1] if starts else self._sent
         self._end = self._start + _cut_to_lines(self._file(self._start))
         if self._end < self._sent:  # a power cut took lines that were sent
@@ -129,10 +128,19 @@ class Outbox:
                 self._file(start).unlink(missing_ok=True)
         write_whole(self._folder / SENT, str(place))
 
+    def catch_up(self) -> None:
+        """Leave out what another outbox of the folder, no longer read, has sent."""
+        self._sent = max(self._sent, self._noted())
+
     def close(self) -> None:
         """Append no more."""
         with self._lock:
             self._opened.close()
+
+    def _noted(self) -> int:
+        with suppress(FileNotFoundError):
+            return int((self._folder / SENT).read_text())
+        return 0
 
     def _starts(self) -> Sequence[int]:
         return sorted(

@@ -259,15 +259,22 @@ class TuneMLflowCallback(MLflowLoggerCallback):
 
     def _add(self, trial: Trial, kind: str, content: Mapping[str, Any]) -> None:
         """Add a line to the run of a trial that has ended."""
-        buffer = self._buffer_of(trial)
+        try:
+            buffer = self._buffer_of(trial)
+        except (OSError, ARPOError) as error:
+            logger.warning("MLflow lacks the %s of trial %s: %s", kind, trial, error)
+            return
         buffer.add(kind, content)
         buffer.close(seconds_to_wait(buffer.spec.uri))
 
     def _send_rest(self) -> None:
         """What could not be sent when a trial ended, as the store was away."""
         for file in sorted(self._folder.glob(f"*/{SPEC_FILE}")):
-            if not send_later(file.parent, timeout_s=WAIT_FOR_MODEL_S):
-                return
+            try:
+                if not send_later(file.parent, timeout_s=WAIT_FOR_MODEL_S):
+                    return
+            except (OSError, ARPOError) as error:
+                logger.warning("what waits in %s is not sent: %s", file.parent, error)
 
     def _buffer_of(self, trial: Trial) -> Buffer:
         parent = str(self._folder / PARENT)

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR
 
+from rllib_arpo.errors import ConfigError
 from rllib_arpo.tracking import mlflow_buffer, mlflow_sender
 from rllib_arpo.tracking.mlflow_buffer import Buffer, RunSpec, send_later
+from tests.locked_runs import is_locked, locked_by_another
 from tests.mlflow_server import MLflowServer
 
 LIMIT_S = 120
@@ -142,6 +145,64 @@ def test_a_store_that_lost_the_run_gets_a_new_one(tmp_path) -> None:
         buffer.metrics({"reward": 0.5}, step=number)
         assert buffer.close(LIMIT_S)
         assert history(MlflowClient(uri), buffer.run_id, "reward") == [(number, 0.5)]
+
+
+def test_a_folder_in_use_is_opened_by_nobody_else(tmp_path) -> None:
+    folder, uri = tmp_path / "buffer", local_uri(tmp_path)
+    buffer = Buffer(folder, RunSpec(uri=uri))
+    assert is_locked(folder)
+    with pytest.raises(ConfigError, match=r"tracks a run in .* already: close that"):
+        send_later(folder)
+    buffer.metrics({"reward": 0.5}, step=0)
+    assert buffer.close(LIMIT_S)
+    assert not is_locked(folder)
+    assert history(MlflowClient(uri), buffer.run_id, "reward") == [(0, 0.5)]
+    with (
+        locked_by_another(folder),
+        pytest.raises(ConfigError, match=r"another process tracks .*: wait for"),
+    ):
+        send_later(folder)
+    assert send_later(folder)
+
+
+def test_a_folder_that_cannot_be_opened_is_not_in_use(tmp_path) -> None:
+    sent = tmp_path / "sent"
+    sent.mkdir()
+    with pytest.raises(IsADirectoryError):
+        Buffer(tmp_path)
+    sent.rmdir()
+    assert not is_locked(tmp_path)
+    assert Buffer(tmp_path).close()
+
+
+def test_a_buffer_sends_nothing_before_the_last_one_of_its_folder_has_ended(
+    tmp_path, monkeypatch
+) -> None:
+    """Or both would make a run; the second one is told all the same."""
+    asked, answered = threading.Event(), threading.Event()
+    create_run = MlflowClient.create_run
+
+    def create_slowly(*args: Any, **kwargs: Any) -> Any:
+        asked.set()
+        assert answered.wait(LIMIT_S)
+        return create_run(*args, **kwargs)
+
+    monkeypatch.setattr(MlflowClient, "create_run", create_slowly)
+    folder, uri = tmp_path / "buffer", local_uri(tmp_path)
+    first = Buffer(folder, RunSpec(uri=uri))
+    first.metrics({"reward": 0.0}, step=0)
+    assert asked.wait(LIMIT_S)
+    assert not first.close(0.0)
+    second = Buffer(folder)
+    second.metrics({"reward": 0.5}, step=1)
+    assert not second.flush(1.0)
+    assert is_locked(folder)
+    answered.set()
+    assert second.close(LIMIT_S)
+    assert not is_locked(folder)
+    client = MlflowClient(uri)
+    (run,) = client.search_runs(["1"])
+    assert history(client, run.info.run_id, "reward") == [(0, 0.0), (1, 0.5)]
 
 
 def test_a_model_that_is_sent_twice_is_registered_once(almanac_model, tmp_path) -> None:

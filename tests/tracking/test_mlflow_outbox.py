@@ -79,6 +79,18 @@ def test_what_was_sent_in_part_goes_on_in_the_middle_of_a_file(
     assert drain(open_outbox()) == list(range(13, 25))
 
 
+def test_what_another_outbox_has_sent_meanwhile_is_left_out(open_outbox) -> None:
+    first = open_outbox(max_file_bytes=80)
+    for number in range(25):
+        first.append(line(number))
+    first.close()
+    second = open_outbox(max_file_bytes=80)
+    second.append(line(25))
+    assert drain(first) == list(range(25))
+    second.catch_up()
+    assert drain(second) == [25]
+
+
 def test_memory_does_not_grow_with_what_waits(open_outbox, tmp_path) -> None:
     outbox = open_outbox(max_file_bytes=64 * MIB)
     for _ in range(64):

@@ -7,8 +7,10 @@ from mlflow import MlflowClient
 from ray import tune
 
 from rllib_arpo.agents import find_agent
+from rllib_arpo.tracking.mlflow_buffer import Buffer, RunSpec
 from rllib_arpo.tracking.mlflow_tune import TuneMLflowCallback
 from rllib_arpo.tracking.registry import fetch_model
+from tests.locked_runs import locked_by_another
 from tests.mlflow_server import MLFLOWS_WARNINGS, MLflowServer
 from tests.tiny_runs import arpo_config
 
@@ -111,6 +113,18 @@ def test_a_sweep_without_a_server_is_sent_once_there_is_one(
         assert version.run_id == trial.info.run_id
     finally:
         server.kill()
+
+
+def test_a_sweep_ends_though_another_process_sends_what_a_trial_left(tmp_path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlruns.db'}"
+    folder = tmp_path / "sweep"
+    assert Buffer(folder / "trial", RunSpec(uri=uri)).close()
+    callback = TuneMLflowCallback(folder, uri=uri)
+    with locked_by_another(folder / "trial"):
+        callback.setup()
+        callback.on_experiment_end([])
+    (parent,) = MlflowClient(uri).search_runs(["1"])
+    assert parent.info.status == "FINISHED"
 
 
 def test_a_sweep_takes_the_alias_only_from_a_worse_champion(
