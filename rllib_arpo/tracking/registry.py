@@ -10,12 +10,13 @@ answers through `mlflow models serve` too, see `mlflow_model.py`.
 import logging
 import math
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from rllib_arpo.errors import ConfigError
@@ -38,6 +39,10 @@ CHAMPION = "champion"
 # Where a registered model holds the agent's folder.
 AGENT_FOLDER = "data/agent"
 LOCAL = ("", "file")
+# Of a version, with the alias: when it took it.
+TOOK_TAG = "rllib_arpo.took."
+# Between tag and alias, and between the clocks of two machines.
+RIVAL_MS = 60_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +118,8 @@ def move_alias_to_better(
 ) -> None:
     """Move an alias to a version, unless that which has it is as good.
 
+    Of versions that take it at the same time, the best one has it in the end.
+
     Args:
         client: of the registry.
         name: of the registered model.
@@ -125,24 +132,56 @@ def move_alias_to_better(
     Raises:
         MlflowException: the server is away, or refuses it.
     """
+    began_ms = time.time_ns() // 1_000_000
     present = client.get_registered_model(name).aliases.get(alias)
+    after = client.get_model_version(name, version).tags
     if present is not None:
         before = client.get_model_version(name, str(present)).tags
-        after = client.get_model_version(name, version).tags
-        for tag, mode in measures:
-            to_beat, reached = _number(before.get(tag)), _number(after.get(tag))
-            if to_beat is None:
+        decided = _decided(before, after, measures)
+        if decided is not None and not decided.is_better:
+            logger.info(
+                "version %s of %r is registered; %s stays at version %s, whose %s "
+                "is %s and not %s",
+                *(version, name, alias, present),
+                *(decided.tag, before[decided.tag], after.get(decided.tag)),
+            )
+            return
+    took = TOOK_TAG + alias
+    client.set_model_version_tag(name, version, took, str(time.time_ns() // 1_000_000))
+    moved_to = None
+    while moved_to != version:
+        client.set_registered_model_alias(name, alias, version)
+        moved_to = version
+        # Others may have taken it since it was read above. They tag themselves first,
+        # so that whoever sets it last knows of all.
+        for rival in client.search_model_versions(f"name='{name}'"):
+            since_ms = _number(rival.tags.get(took))
+            if since_ms is None or since_ms < began_ms - RIVAL_MS:
                 continue
-            if reached is None or not _is_better(reached, to_beat, mode):
-                logger.info(
-                    "version %s of %r is registered; %s stays at version %s, whose %s "
-                    "is %s and not %s",
-                    *(version, name, alias, present),
-                    *(tag, before[tag], after.get(tag)),
-                )
-                return
-            break
-    client.set_registered_model_alias(name, alias, version)
+            decided = _decided(after, rival.tags, measures)
+            if decided is not None and decided.is_better:
+                version, after = str(rival.version), rival.tags
+
+
+class _Decided(NamedTuple):
+    """By which measure of two versions, and whether the second one is better."""
+
+    tag: str
+    is_better: bool
+
+
+def _decided(
+    before: Mapping[str, str],
+    after: Mapping[str, str],
+    measures: Sequence[tuple[str, str]],
+) -> _Decided | None:
+    for tag, mode in measures:
+        to_beat, reached = _number(before.get(tag)), _number(after.get(tag))
+        if to_beat is not None:
+            return _Decided(
+                tag, reached is not None and _is_better(reached, to_beat, mode)
+            )
+    return None
 
 
 def _is_better(reached: float, to_beat: float, mode: str) -> bool:

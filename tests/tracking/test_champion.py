@@ -1,6 +1,6 @@
 """Which version of a registered model the alias `champion` is of."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,58 @@ def test_only_what_measures_better_takes_the_alias(
 
 def test_the_first_version_takes_the_alias(client) -> None:
     version = version_with(client, {"eval_accuracy": "0.02"})
+    move_alias_to_better(client, NAME, CHAMPION, version, BY_ACCURACY)
+    assert champion(client) == version
+
+
+class Interrupted(MlflowClient):
+    """Somebody else does something before it sets an alias, or after that."""
+
+    def __init__(self, uri: str, meanwhile: Callable[[], None], *, first: bool) -> None:
+        super().__init__(uri)
+        self._meanwhile = meanwhile
+        self._first = first
+
+    def set_registered_model_alias(self, name: str, alias: str, version: str) -> None:
+        meanwhile, self._meanwhile = self._meanwhile, lambda: None
+        if self._first:
+            meanwhile()
+        super().set_registered_model_alias(name, alias, version)
+        if not self._first:
+            meanwhile()
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("own", ["0.8", "0.95"])
+def test_the_best_of_those_that_take_the_alias_at_once_has_it(
+    client, own, first
+) -> None:
+    before = version_with(client, {"eval_accuracy": "0.5"})
+    client.set_registered_model_alias(NAME, CHAMPION, before)
+    version = {
+        accuracy: version_with(client, {"eval_accuracy": accuracy})
+        for accuracy in (own, "0.7", "0.9")
+    }
+
+    def take(accuracy: str) -> None:
+        move_alias_to_better(client, NAME, CHAMPION, version[accuracy], BY_ACCURACY)
+
+    def meanwhile() -> None:
+        take("0.7")
+        take("0.9")
+
+    slow = Interrupted(client.tracking_uri, meanwhile, first=first)
+    move_alias_to_better(slow, NAME, CHAMPION, version[own], BY_ACCURACY)
+    assert champion(client) == version[max(own, "0.9")]
+
+
+def test_who_took_the_alias_long_before_has_no_part_in_it(client) -> None:
+    """Somebody may have had a reason to move it away from a better one."""
+    before = version_with(client, {"eval_accuracy": "0.5"})
+    client.set_registered_model_alias(NAME, CHAMPION, before)
+    took = f"rllib_arpo.took.{CHAMPION}"
+    version_with(client, {"eval_accuracy": "0.9", took: "1700000000000"})
+    version = version_with(client, {"eval_accuracy": "0.7"})
     move_alias_to_better(client, NAME, CHAMPION, version, BY_ACCURACY)
     assert champion(client) == version
 
