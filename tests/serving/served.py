@@ -29,8 +29,8 @@ KEY, ADMIN_KEY = "client-key", "admin-key"
 CHAT = "/v1/chat/completions"
 # Above all that a start, an answer or an end takes, on a busy machine, too.
 PATIENCE_S = 600
-# Between two looks at something that takes its time.
-PAUSE_S = 0.1
+# Most that a look whether a server is up takes, and between two looks at something.
+LOOK_S, PAUSE_S = 30, 0.1
 QUESTION = "What is the height of vifel?"
 
 
@@ -125,7 +125,7 @@ def serving(*words: object) -> Iterator[Served]:
 
 def is_up(client: httpx2.Client, path: str = "/health") -> bool:
     try:
-        return client.get(path).status_code == 200
+        return client.get(path, timeout=LOOK_S).status_code == 200
     except httpx2.TransportError:
         return False
 
