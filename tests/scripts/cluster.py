@@ -16,12 +16,12 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-from rllib_arpo import ARPO
+from rllib_arpo import ARPO, ARPOConfig
 from rllib_arpo.envs.almanac import AlmanacEnv
 from rllib_arpo.metrics import NUM_TREES_REQUEUED
 from tests.tiny_runs import arpo_config, engine_weights, learner_weights, running, same
 
-LIMIT_S = 120
+LIMIT_S = 300
 NUM_TREES = 4
 
 
@@ -70,10 +70,21 @@ def main(model: str, folder: Path) -> dict[str, Any]:
         initialize_head=True,
         head_node_args={"num_cpus": 4, "resources": {"learner": 2}},
     )
-    workers = [cluster.add_node(num_cpus=2, resources={"runner": 1}) for _ in range(2)]
-    ray.init(address=cluster.address, log_to_driver=False)
-    trap = folder / "trap"
-    config = (
+    try:
+        workers = [
+            cluster.add_node(num_cpus=2, resources={"runner": 1}) for _ in range(2)
+        ]
+        ray.init(address=cluster.address, log_to_driver=False)
+        with running(config_of(model, folder / "trap")) as algorithm:
+            return lose_a_node(algorithm, cluster, workers, folder / "trap")
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def config_of(model: str, trap: Path) -> ARPOConfig:
+    """Two runners on the workers, two learners on the head."""
+    return (
         arpo_config(model, trap=str(trap))
         .environment(env=StuckEnv)
         .training(train_batch_size_per_learner=NUM_TREES // 2, minibatch_size=1)
@@ -84,11 +95,6 @@ def main(model: str, folder: Path) -> dict[str, Any]:
             env_runner_health_probe_timeout_s=5,
         )
     )
-    with running(config) as algorithm:
-        seen = lose_a_node(algorithm, cluster, workers, trap)
-    ray.shutdown()
-    cluster.shutdown()
-    return seen
 
 
 def lose_a_node(

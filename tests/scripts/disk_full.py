@@ -23,7 +23,7 @@ from tests.tiny_runs import arpo_config, learner_weights, running, same
 
 def main(model: str, disk: Path) -> dict[str, Any]:
     mounted = disk.is_mount()
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     seen = {
         "disk": "a small one" if mounted else "no mount allowed: a limit on files",
         "local": save_all(model, disk / "local", num_learners=0, mounted=mounted),

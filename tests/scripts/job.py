@@ -7,7 +7,6 @@ the job ended.
 """
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,15 +16,11 @@ from pathlib import Path
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobSubmissionClient
 
+from rllib_arpo.serving.front import free_ports
 from tests.scripts import LIMIT_S, ROOT
 
 EXAMPLE = ROOT / "tuned_examples" / "cluster"
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+JOB = "example"
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -39,7 +34,7 @@ def main(model: str, folder: Path) -> str:
     # Where `ray` and `rllib-arpo` are, for the head and with it for the job.
     programs = str(Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join([programs, os.environ["PATH"]])
-    port = free_port()
+    port, port_of_agent = free_ports(2)
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
@@ -49,29 +44,41 @@ def main(model: str, folder: Path) -> str:
             "dashboard_port": port,
             # Ray's default is one number, which another Ray here may hold; the agent
             # that takes the job would then not be there.
-            "dashboard_agent_listen_port": free_port(),
+            "dashboard_agent_listen_port": port_of_agent,
         },
     )
-    client = JobSubmissionClient(f"http://127.0.0.1:{port}")
-    words = ["./train.sh", "almanac_cpu.py", folder / "run", 1, "--model", model]
-    # The head's agent, which takes the job, starts after the head.
-    wait_for(lambda: submit(client, [str(word) for word in words]))
-    (job,) = (job.submission_id for job in client.list_jobs() if job.submission_id)
-    wait_for(lambda: client.get_job_status(job).is_terminal())
-    print(client.get_job_logs(job)[-3000:], file=sys.stderr)
-    status = str(client.get_job_status(job))
-    cluster.shutdown()
-    return status
+    try:
+        client = JobSubmissionClient(f"http://127.0.0.1:{port}")
+        words = ["./train.sh", "almanac_cpu.py", folder / "run", 1, "--model", model]
+        # The head's agent, which takes the job, starts after the head.
+        wait_for(lambda: submit(client, [str(word) for word in words]))
+        wait_for(lambda: client.get_job_status(JOB).is_terminal())
+        print(client.get_job_logs(JOB)[-3000:], file=sys.stderr)
+        return str(client.get_job_status(JOB))
+    finally:
+        cluster.shutdown()
 
 
 def submit(client: JobSubmissionClient, words: list[str]) -> bool:
-    """Run `ray job submit`; False when it was refused."""
+    """Run `ray job submit`; False when it was refused or took too long.
+
+    What took too long may have been accepted: the next one is then refused because the
+    job is there.
+    """
     command = ["ray", "job", "submit", "--address", client.get_address(), "--no-wait"]
-    command += ["--working-dir", str(EXAMPLE), "--", *words]
+    command += ["--submission-id", JOB, "--working-dir", str(EXAMPLE), "--", *words]
     try:
-        return subprocess.call(command, stdout=2, timeout=LIMIT_S / 4) == 0
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=LIMIT_S / 4,
+        )
     except subprocess.TimeoutExpired:
         return False
+    print(done.stdout, file=sys.stderr)
+    return done.returncode == 0 or "already exists" in done.stdout
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Each life of the driver is a fork of this process, so that it starts fast. Print
 was seen as one line of JSON; raises when something is not as it should be.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tests.tiny_runs import arpo_config
 
 NUM_ITERATIONS = 8
 NUM_KILLS = 4
-LIMIT_S = 120
+LIMIT_S = 300
 LOCAL = LocalFileSystem()
 FILE_CALLS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.scandir")
 
@@ -94,7 +95,7 @@ def run_on(folder: Path, model: str, *, num_env_runners: int = 0) -> None:
     """Train from the newest checkpoint, if there is one, and save every iteration."""
     checkpoint = newest_checkpoint(folder)
     if num_env_runners:
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+        ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     if checkpoint is None:
         config = arpo_config(model).env_runners(num_env_runners=num_env_runners)
         algorithm = config.build_algo()
@@ -172,12 +173,21 @@ def kill_often(folder: Path, model: str, rng: random.Random) -> dict[str, int]:
     return kills
 
 
+def names_of_those_alive(processes: Iterable[psutil.Process]) -> list[str]:
+    names = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                names.append(process.name())
+    return names
+
+
 def kill_with_ray(folder: Path, model: str) -> list[psutil.Process]:
     """Kill a driver that started Ray; return the processes that must go with it."""
     process = in_a_fork(lambda: run_on(folder, model, num_env_runners=1))
     assert wait_for(lambda: num_lines(folder) >= 2, process)
     children = psutil.Process(process).children(recursive=True)
-    assert {"raylet", "gcs_server"} <= {child.name() for child in children}
+    assert {"raylet", "gcs_server"} <= set(names_of_those_alive(children))
     os.kill(process, signal.SIGKILL)
     ended(process)
     return children
@@ -201,7 +211,7 @@ def main(model: str, folder: Path, seed: int) -> dict[str, Any]:
     resume_by_command(folder / "with_ray")
     _, alive = psutil.wait_procs(children, timeout=LIMIT_S)
     seen["processes"] = len(children)
-    seen["alive"] = [p.name() for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    seen["alive"] = names_of_those_alive(alive)
     return seen
 
 

@@ -82,7 +82,7 @@ def without_times(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(folder: Path, seed: int) -> None:
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     for variant in VARIANTS:
         seed_all(seed)
         algorithm = ARPO.from_checkpoint(folder / variant / "checkpoint")
