@@ -21,7 +21,8 @@ def read_metrics(path: Path | str) -> dict[str, np.ndarray]:
     """Read a metrics file into one array per key.
 
     Args:
-        path: of a file with one JSON object per line; blank lines are skipped.
+        path: of a file with one JSON object per line; blank lines are skipped, and a
+            last line without an end, which a kill or a full disk left.
 
     Returns:
         Key -> [num_iterations] float64 in the order of `iteration`; NaN where a
@@ -70,8 +71,9 @@ def _number(rows: Sequence[Row]) -> list[Row]:
 
 
 def _lines(path: Path) -> list[str]:
+    written = path.read_bytes()
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return written[: written.rfind(b"\n") + 1].decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason})") from error
 

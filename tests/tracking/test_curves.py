@@ -102,6 +102,17 @@ def test_a_key_that_starts_late_is_nan_before(tmp_path):
     np.testing.assert_array_equal(metrics["accuracy"], [np.nan, 0.5])
 
 
+@pytest.mark.parametrize("torn", ['{"iterat', '{"iteration": 2}', "{é"])
+def test_a_last_line_without_an_end_is_left_out(torn, tmp_path):
+    """A kill or a full disk left it, perhaps in the middle of a character."""
+    run = write_run(tmp_path, [{"iteration": 0}, {"iteration": 1}])
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(torn.encode()[:-1])
+    np.testing.assert_array_equal(
+        read_metrics(run / "metrics.jsonl")["iteration"], [0, 1]
+    )
+
+
 def test_a_stage_that_counts_anew_goes_on_after_the_one_before(tmp_path):
     stages = [("sft", 1), ("sft", 2), ("arpo", 1), ("arpo", 2)]
     rows = [{"stage": stage, "iteration": i} for stage, i in stages]
@@ -154,7 +165,7 @@ def test_a_dot_in_the_name_of_the_picture_is_kept(tmp_path):
         ("", r"metrics\.jsonl: empty"),
         ("\n\n", r"metrics\.jsonl: empty"),
         (
-            '{"iteration": 0}\n{"iteration": 1, "acc',
+            '{"iteration": 0}\n{"iteration": 1, "acc\n',
             r"metrics\.jsonl, line 2: not JSON",
         ),
         ("[1, 2]\n", r"metrics\.jsonl, line 1: expected a JSON object, got '\[1, 2\]'"),
@@ -173,7 +184,7 @@ def test_broken_metrics_are_refused_with_file_and_line(tmp_path, text, message):
 
 
 def test_bytes_that_are_not_text_are_refused_with_the_file(tmp_path):
-    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe\x00\n")
     with pytest.raises(DataError, match=r"metrics\.jsonl: not UTF-8"):
         plot_run(tmp_path)
 
