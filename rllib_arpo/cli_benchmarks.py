@@ -5,6 +5,7 @@
     OUT/verdicts.sqlite            what the judge said, so that it is asked once
     OUT/results.json               all numbers
     OUT/baseline/                  the same of `--baseline`, when that is a checkpoint
+    OUT/lock                       held by the process that evaluates here
 
 When no answer is missing nothing is started, so repeating the command scores again.
 """
@@ -69,6 +70,7 @@ from rllib_arpo.evaluation_scores import (
 from rllib_arpo.predictions import differences, fingerprint_of_folder
 from rllib_arpo.progress import Console
 from rllib_arpo.rewards.judge import Judge
+from rllib_arpo.run_lock import only_here
 from rllib_arpo.tools.cache import ToolCache
 
 RESULTS_FILE = "results.json"
@@ -98,7 +100,8 @@ def evaluate_benchmarks(flags: Flags, given: Collection[str]) -> None:
         given: names of those on the command line.
 
     Raises:
-        ConfigError: a flag cannot work, or OUT holds answers made otherwise.
+        ConfigError: a flag cannot work, OUT holds answers made otherwise, or another
+            process evaluates there.
         DataError: a benchmark's file is wrong.
     """
     own = flags.of_benchmarks
@@ -110,28 +113,31 @@ def evaluate_benchmarks(flags: Flags, given: Collection[str]) -> None:
         refuse_model_flags(given, subject)
     fingerprint = fingerprint_of_folder(subject.folder)
     out = own.out or _usual_out(flags.checkpoint, fingerprint)
-    works = _open(subject, fingerprint, plan, sources, flags, out)
-    baseline: Works = {}
-    todo = [(subject, works)]
-    if other is not None:
-        fingerprint = fingerprint_of_folder(other.folder)
-        baseline = _open(other, fingerprint, plan, sources, flags, out / "baseline")
-        todo.append((other, baseline))
-    elif own.baseline is not None:
-        baseline = {name: read_work(work, own.baseline) for name, work in works.items()}
-    console = Console()
-    for name, work in baseline.items():
-        _tell_differences(works[name], work, console)
-    _answer_all(todo, flags, console, out)
-    _tell_nothing_written(works, console)
-    with _judge(own, out) as judge:
-        report = _report(works, baseline, plan, out, judge)
-    console.rich.print(as_table(report))
-    result = as_json(report)
-    for file in (out / RESULTS_FILE, flags.json_file):
-        if file is not None:
-            write_json(file, result)
-    console.say(f"Answers, scores and numbers are in {out}.")
+    with only_here(out, does="evaluates"):
+        works = _open(subject, fingerprint, plan, sources, flags, out)
+        baseline: Works = {}
+        todo = [(subject, works)]
+        if other is not None:
+            fingerprint = fingerprint_of_folder(other.folder)
+            baseline = _open(other, fingerprint, plan, sources, flags, out / "baseline")
+            todo.append((other, baseline))
+        elif own.baseline is not None:
+            baseline = {
+                name: read_work(work, own.baseline) for name, work in works.items()
+            }
+        console = Console()
+        for name, work in baseline.items():
+            _tell_differences(works[name], work, console)
+        _answer_all(todo, flags, console, out)
+        _tell_nothing_written(works, console)
+        with _judge(own, out) as judge:
+            report = _report(works, baseline, plan, out, judge)
+        console.rich.print(as_table(report))
+        result = as_json(report)
+        for file in (out / RESULTS_FILE, flags.json_file):
+            if file is not None:
+                write_json(file, result)
+        console.say(f"Answers, scores and numbers are in {out}.")
 
 
 def _plan(flags: Flags) -> Plan:

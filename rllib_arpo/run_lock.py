@@ -32,16 +32,18 @@ def only_here(
     Nothing keeps this process out: what it opens twice, it loses at the first end.
 
     Args:
-        folder: of a run, for example. The lock is a file in it, which is left.
+        folder: of a run, for example; made if it is not there. The lock is a file in
+            it, which is left.
         does: for the error, what another process does there.
         cure: likewise, what to do about it.
 
     Raises:
         ConfigError: another process is there.
-        CheckpointError: the file cannot be opened.
+        CheckpointError: folder or file cannot be made.
     """
     file = folder / LOCK_FILE
     with storing(file, intact="What was there before is intact."):
+        folder.mkdir(parents=True, exist_ok=True)
         handle = file.open("a+b", buffering=0)
     with handle:
         try:

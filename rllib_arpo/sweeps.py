@@ -4,6 +4,7 @@ OUT/sweep/       Tune's own state and trials
 OUT/mlflow/      what waits for MLflow, if the sweep is tracked
 OUT/trials.csv   one row per trial, best first
 OUT/best.json    the best trial, with its checkpoint
+OUT/lock         held by the process that sweeps here
 """
 
 import runpy
@@ -19,6 +20,7 @@ from ray.tune.experiment import Trial
 from rllib_arpo.cli_config import check_model
 from rllib_arpo.errors import ARPOError, ConfigError
 from rllib_arpo.progress import Console
+from rllib_arpo.run_lock import only_here
 from rllib_arpo.sweep_console import TrialLines
 from rllib_arpo.sweep_table import (
     SweepTable,
@@ -58,8 +60,16 @@ def run_sweep(
 
     Raises:
         ConfigError: the file defines no sweep, the model of its trials is not there,
-            there is no sweep to go on with, or `out` holds one already.
+            there is no sweep to go on with, `out` holds one already, or another
+            process sweeps there.
     """
+    with only_here(out, does="sweeps"):
+        return _run_sweep(file, out, resume=resume, mlflow=mlflow, console=console)
+
+
+def _run_sweep(
+    file: Path, out: Path, *, resume: bool, mlflow: str | None, console: Console | None
+) -> SweepTable:
     tuner = _restored(file, out) if resume else _new(file, out)
     settings: Any = tuner._local_tuner
     run_config = settings.get_run_config()

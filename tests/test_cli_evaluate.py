@@ -10,6 +10,7 @@ import pytest
 
 from rllib_arpo.cli import main
 from tests.commands import LIMIT_S, run, start
+from tests.locked_runs import locked_by_another
 from tests.rewards.judge_server import endpoint, verdicts
 from tests.writer_model import save_writer
 
@@ -298,6 +299,17 @@ def test_a_mistake_is_found_before_anything_starts(words, place, monkeypatch, ca
     said = refused(words.split(), monkeypatch, capsys)
     assert said.startswith("Error: ")
     assert MISTAKES[words] in said
+
+
+def test_an_evaluation_that_another_process_makes_is_left_alone(
+    place, monkeypatch, capsys
+):
+    monkeypatch.chdir(place)
+    words = ["writer", "--benchmark", "gsm8k", "--benchmark-dir", ".", "--out", "held"]
+    with locked_by_another(place / "held"):
+        said = refused(words, monkeypatch, capsys)
+    assert "another process evaluates in held (" in said
+    assert [file.name for file in (place / "held").iterdir()] == ["lock"]
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from rllib_arpo.data.tree_files import read_trees
 from rllib_arpo.errors import CheckpointError, ConfigError, EngineError
 from rllib_arpo.runs import Run, train
 from rllib_arpo.stop_signals import SIGNALS, Stopped, stop_signals
+from rllib_arpo.sweeps import run_sweep
 from tests.locked_runs import is_locked, locked_by_another
 from tests.tiny_runs import arpo_config, learner_weights, running, same, token_ids
 
@@ -298,6 +299,17 @@ def test_training_keeps_other_processes_out_of_the_folder(algorithm, tmp_path) -
     ):
         train_on(algorithm, run)
     assert len(lines(run)) == 1
+
+
+def test_a_sweep_that_another_process_runs_is_left_alone(tmp_path) -> None:
+    file, out = tmp_path / "sweep.py", tmp_path / "swept"
+    file.write_text("raise AssertionError('it was begun')\n")
+    for resume in (False, True):
+        with (
+            locked_by_another(out),
+            pytest.raises(ConfigError, match=r"another process sweeps in .*wait for"),
+        ):
+            run_sweep(file, out, resume=resume)
 
 
 # Holds a run, and has a child that was forked.
