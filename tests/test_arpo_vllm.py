@@ -19,7 +19,7 @@ from rllib_arpo.errors import WeightSyncError
 from rllib_arpo.metrics import NUM_TREES_REQUEUED
 from tests.tiny_runs import NUM_TRAIN_TASKS, arpo_config, learned, tasks
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def on_runners(algorithm: ARPO, function: Any) -> list[Any]:
 
 def wait_for_runners(algorithm: ARPO) -> None:
     group = algorithm.env_runner_group
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 280
     while group.num_healthy_remote_env_runners() < 2:
         assert time.monotonic() < deadline, "the runner did not come back"
         algorithm.restore_env_runners(group)

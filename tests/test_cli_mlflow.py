@@ -64,6 +64,7 @@ def runs_of(client: MlflowClient) -> dict[str | None, Run]:
     return {found.info.run_name: found for found in runs}
 
 
+@pytest.mark.timeout(900)
 def test_train_is_tracked_on_a_server_with_its_best_model_as_champion(
     place, server, monkeypatch
 ):
@@ -113,6 +114,7 @@ def test_sft_is_tracked_in_the_usual_store_of_the_folder(place, monkeypatch):
     assert [metric.step for metric in history] == [1, 2]
 
 
+@pytest.mark.timeout(900)
 def test_the_quick_start_is_two_runs_and_registers_the_trained_agent(
     ray_session, tmp_path
 ):

@@ -67,6 +67,7 @@ def short_quickstart(folder: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_main_job_learns_and_leaves_everything_that_it_promises(tmp_path):
     """The quick start with fewer iterations: what it prints, writes and improves."""
     text = short_quickstart(tmp_path)
@@ -129,6 +130,7 @@ def test_a_signal_ends_a_quick_start_which_can_be_started_again(ray_session, tmp
 
 @pytest.mark.slow
 @pytest.mark.vllm
+@pytest.mark.timeout(900)
 def test_the_main_job_runs_on_vllm_with_the_learners_policy(ray_session, tmp_path):
     screen = io.StringIO()
     console = Console(RichConsole(file=screen, width=200, highlight=False))

@@ -250,6 +250,7 @@ def test_the_table_has_the_settings_that_a_population_ended_with(ray_session, tm
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_ctrl_c_writes_the_table_and_says_how_to_go_on(
     cold_start, tests_importable, tmp_path
 ):
@@ -267,6 +268,7 @@ def test_ctrl_c_writes_the_table_and_says_how_to_go_on(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_killed_sweep_goes_on_where_it_was(cold_start, tests_importable, tmp_path):
     file = sweep_file(tmp_path, cold_start.model, iterations=6)
     uri = f"sqlite:///{tmp_path / 'tracked.db'}"
@@ -305,6 +307,7 @@ def test_a_killed_sweep_goes_on_where_it_was(cold_start, tests_importable, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_sweep_may_be_tracked_from_its_end_on(cold_start, tests_importable, tmp_path):
     file = sweep_file(tmp_path, cold_start.model, iterations=2)
     out = tmp_path / "swept"

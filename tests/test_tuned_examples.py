@@ -65,11 +65,13 @@ def start(method: str, *flags: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, str(EXAMPLES / f"{method}.py"), *flags],
         capture_output=True,
         text=True,
-        timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=580,
+        # Not the Ray of another test, which ends when that does.
+        env=os.environ | {"OMP_NUM_THREADS": "1", "RAY_ADDRESS": "local"},
     )
 
 
+@pytest.mark.timeout(600)
 def test_an_example_without_its_model_says_what_to_do(tmp_path):
     ended = start("almanac_arpo", "--model", str(tmp_path / "none"))
     assert ended.returncode == 1
@@ -78,6 +80,7 @@ def test_an_example_without_its_model_says_what_to_do(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_an_example_trains(almanac_model):
     ended = start(
         "almanac_reinforce_pp", "--model", almanac_model, "--no-tune", "--stop-iters=1"
