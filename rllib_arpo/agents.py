@@ -29,6 +29,7 @@ from rllib_arpo.envs.env_config import DEFAULTS
 from rllib_arpo.envs.tool_use_env import ToolUseEnv
 from rllib_arpo.errors import ARPOError, ConfigError
 from rllib_arpo.rl_module import DTYPES
+from rllib_arpo.storage import file_aside
 from rllib_arpo.tools.python_subprocess import SubprocessPythonTool
 from rllib_arpo.tools.tool import Tool
 from rllib_arpo.tree import Message, Task, Trajectory
@@ -144,7 +145,7 @@ def agent_of_config(config: Any) -> AgentSettings:
 
 
 def save_agent(settings: AgentSettings, folder: str | Path) -> Path:
-    """Put an agent's settings beside the Hugging Face files of its model.
+    """Put an agent's settings beside the Hugging Face files of its model, whole or not.
 
     What comes from a script or a notebook is stored with its code, what comes from a
     module by its name.
@@ -154,13 +155,15 @@ def save_agent(settings: AgentSettings, folder: str | Path) -> Path:
 
     Raises:
         ConfigError: a setting cannot be stored, such as a lock.
+        OSError: the file cannot be written.
     """
     file = Path(folder) / AGENT_FILE
     try:
         stored = cloudpickle.dumps(settings)
     except Exception as error:  # boundary: objects of users say why in their own way
         raise ConfigError(f"the agent's settings cannot be stored: {error}") from error
-    file.write_bytes(stored)
+    with file_aside(file) as aside:
+        aside.write_bytes(stored)
     return file
 
 

@@ -138,12 +138,20 @@ def write_whole(file: Path, text: str) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    with storing(file, intact=FILE_INTACT), _file_aside(file) as aside:
+    with storing(file, intact=FILE_INTACT), file_aside(file) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def _file_aside(file: Path) -> Iterator[Path]:
+def file_aside(file: Path) -> Iterator[Path]:
+    """A file to write to, which becomes `file` once it is on the disk.
+
+    Yields:
+        The file beside it.
+
+    Raises:
+        OSError: it cannot be written; nothing is left aside.
+    """
     aside = _beside(file, ASIDE)
     try:
         yield aside
@@ -172,7 +180,7 @@ def output_aside(file: Path) -> Iterator[Path]:
         if _is_special(file):
             yield file
             return
-        with _file_aside(file.resolve()) as aside:
+        with file_aside(file.resolve()) as aside:
             yield aside
 
 

@@ -35,6 +35,7 @@ from rllib_arpo.tools.standard import StandardTools
 from rllib_arpo.tools.tool import Tool
 from rllib_arpo.tracking.registry import register_model
 from rllib_arpo.tree import Message, Task, Trajectory
+from tests.synced import Disk
 from tests.tiny_runs import ColdStart, arpo_config, running
 from tests.tools.bubblewrap import needs_bubblewrap
 
@@ -251,6 +252,21 @@ def test_a_file_that_holds_no_agent_is_refused(tmp_path: Path) -> None:
     file.write_bytes(b"cut")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_agent(tmp_path)
+
+
+def test_an_agent_is_on_the_disk_before_it_replaces_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch)
+    file = save_agent(AgentSettings(env=AlmanacEnv), tmp_path)
+    before = file.stat().st_ino
+    with file.open("rb") as opened:
+        save_agent(AgentSettings(env=StubbornEnv), tmp_path)
+        assert pickle.load(opened) == AgentSettings(env=AlmanacEnv)
+    assert disk.held(file, before=file)
+    assert file.stat().st_ino != before
+    assert load_agent(tmp_path) == AgentSettings(env=StubbornEnv)
+    assert [entry.name for entry in tmp_path.iterdir()] == [file.name]
 
 
 def failing_reward(trajectory: Trajectory) -> float:

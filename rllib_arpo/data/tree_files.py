@@ -1,13 +1,12 @@
 """Rollout trees in parquet files: what a run keeps of its iterations.
 
 One row is one tree, whole: tokens, log-probabilities, entropies, branch decisions,
-tool calls and rewards. A file is written aside and renamed, so that it is never half
-there. `task.metadata` is kept as far as JSON can hold it.
+tool calls and rewards. A file is written aside, brought to the disk and renamed, so
+that it is never half there. `task.metadata` is kept as far as JSON can hold it.
 """
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rllib_arpo.errors import DataError
+from rllib_arpo.storage import file_aside
 from rllib_arpo.tree import (
     BranchDecision,
     Leaf,
@@ -101,14 +101,9 @@ def write_trees(file: str | Path, trees: Sequence[RolloutTree]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    path = Path(file)
-    aside = path.with_name(path.name + ".part")
     table = pa.Table.from_pylist([_tree_row(tree) for tree in trees], schema=SCHEMA)
-    try:
+    with file_aside(Path(file)) as aside:
         pq.write_table(table, aside, compression="zstd")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read_trees(file: str | Path) -> Iterator[RolloutTree]:

@@ -106,6 +106,7 @@ class MLflowCallback(RLlibCallback):
             stage: name of the algorithm.
 
         Raises:
+            ConfigError: another training tracks its run there.
             OSError: the folder cannot be written.
             CheckpointError: likewise.
         """
@@ -209,8 +210,10 @@ class MLflowCallback(RLlibCallback):
                     EVAL_ACCURACY: f"{accuracy:.4f}",
                 },
             },
+            sync=True,
         )
-        # After the line: a kill between the two registers nothing twice.
+        # After the line, which is on the disk by now: a kill between the two registers
+        # nothing twice, and a power cut leaves no best model that nobody registers.
         write_whole(best, json.dumps({"accuracy": accuracy, "folder": str(folder)}))
         for older in folders.iterdir():
             if older != folder:

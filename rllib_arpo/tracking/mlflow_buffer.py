@@ -148,14 +148,20 @@ class Buffer:
         """Tags; the last value of a name stays."""
         self.add("tags", {"values": dict(values)})
 
-    def add(self, kind: str, content: Mapping[str, Any]) -> None:
+    def add(self, kind: str, content: Mapping[str, Any], *, sync: bool = False) -> None:
         """Append a line of a kind that `mlflow_sender.py` knows.
 
         One that the disk does not take is dropped, so that training goes on.
+
+        Args:
+            kind: of the line.
+            content: what that kind holds.
+            sync: return when the line would outlast a power cut.
         """
         line = {"kind": kind, "time_ms": time.time_ns() // 1_000_000, **content}
         try:
-            self._outbox.append((json.dumps(line, default=str) + "\n").encode())
+            written = json.dumps(line, default=str) + "\n"
+            self._outbox.append(written.encode(), sync=sync)
         except OSError as error:
             self._num_dropped += 1
             if self._num_dropped == 1:

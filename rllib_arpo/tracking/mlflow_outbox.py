@@ -10,10 +10,11 @@
 2. A line is sent before that is noted: after a kill some are sent again, none is left
    out.
 3. A line is with the operating system when `append` returns. It outlasts the process,
-   though not a power cut.
+   and a power cut if that is asked for.
 """
 
 import errno
+import os
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -78,8 +79,12 @@ class Outbox:
         """What is not sent."""
         return self._end - self._sent
 
-    def append(self, line: bytes) -> None:
-        r"""Add a line, which ends with "\n", or leave all as it was.
+    def append(self, line: bytes, *, sync: bool = False) -> None:
+        r"""Add a line, or leave all as it was.
+
+        Args:
+            line: ends with "\n".
+            sync: return when it would outlast a power cut.
 
         Raises:
             OSError: the disk is full, or too much waits already.
@@ -95,6 +100,8 @@ class Outbox:
             try:
                 while rest:
                     rest = rest[self._opened.write(rest) :]
+                if sync:
+                    os.fsync(self._opened.fileno())
             except OSError:
                 self._opened.truncate(self._end - self._start)
                 raise

@@ -16,6 +16,7 @@ from rllib_arpo.tree import (
     Task,
     ToolCall,
 )
+from tests.synced import Disk
 
 
 def tree(task_id: str = "a") -> RolloutTree:
@@ -105,6 +106,14 @@ def test_what_is_read_is_what_was_written(tmp_path):
     assert len(read) == 20
     assert all(map(same, read, trees))
     assert [file.name for file in tmp_path.iterdir()] == ["trees.parquet"]
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    file = tmp_path / "trees.parquet"
+    task = Task(task_id="a", messages=(), answers=("1",))
+    disk = Disk(monkeypatch)
+    write_trees(file, [dataclasses.replace(tree(), task=task)])
+    assert disk.held(file, before=file)
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):

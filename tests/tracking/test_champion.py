@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from rllib_arpo.tracking.mlflow import MLflowCallback
+from rllib_arpo.tracking.mlflow import BEST_FILE, BUFFER_FOLDER, MLflowCallback
 from rllib_arpo.tracking.registry import CHAMPION, move_alias_to_better, register_model
 from tests.mlflow_server import MLFLOWS_WARNINGS
 from tests.models import save_tiny_model
+from tests.synced import Disk
 from tests.tiny_runs import arpo_config
 
 LIMIT_S = 120
@@ -174,3 +175,13 @@ def test_a_new_run_takes_the_alias_only_from_a_worse_champion(
     model = save_tiny_model(tmp_path / "model")
     assert register_model(model, NAME, tags={"eval_accuracy": "0.1"}, uri=uri) == "6"
     assert champion(client) == "6"
+
+
+def test_the_line_of_a_best_model_is_on_the_disk_before_it_counts_as_best(
+    almanac_model, tmp_path, monkeypatch
+) -> None:
+    disk = Disk(monkeypatch)
+    folder = tmp_path / "run" / BUFFER_FOLDER
+    evaluate(almanac_model, tmp_path / "run", f"sqlite:///{tmp_path / 'x.db'}", 0.6)
+    (outbox,) = (folder / "outbox").iterdir()
+    assert disk.held(outbox, before=folder / BEST_FILE)
