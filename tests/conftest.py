@@ -1,4 +1,5 @@
 import importlib.util
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -19,6 +20,12 @@ WITHOUT_VLLM = (
 # No test says how long an example may take: a core is sometimes busy with others.
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_configure() -> None:
+    """A shell lets its jobs in the background ignore Ctrl-C, which tests send."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
