@@ -36,6 +36,7 @@ PageKind = Literal["html", "text", "pdf"]
 USER_AGENT = "Mozilla/5.0 (compatible; rllib_arpo)"
 MAX_URL_CHARS = 2000
 MAX_ADDRESSES = 4  # of one host, tried one after the other
+BLOCK_BYTES = 4096  # received, and unpacked before the next ones count
 PIECE_BYTES = 1 << 18
 MAX_RATIO = 200  # of a body to what was received; text packs to a tenth or so
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -290,7 +291,8 @@ async def _read_body(response: httpx2.Response, max_bytes: int) -> bytes:
     """All of the body, unpacked, given up at the first byte over the limit.
 
     Unpacked here rather than by the client, which counts nothing, applies several
-    codings on top of each other, and goes on reading after the packed data ended.
+    codings on top of each other, and goes on reading after the packed data ended. In
+    blocks of one size, so that the same page is taken or refused however it arrives.
     """
     too_large = ToolError(f"the page is larger than {max_bytes:,} bytes")
     announced = response.headers.get("content-length", "")
@@ -302,11 +304,11 @@ async def _read_body(response: httpx2.Response, max_bytes: int) -> bytes:
     inflate = _Inflate() if coding not in ("identity", "") else None
     body = bytearray()
     num_received = 0
-    async for chunk in response.aiter_raw():
-        num_received += len(chunk)
+    async for block in response.aiter_raw(BLOCK_BYTES):
+        num_received += len(block)
         if num_received > max_bytes:
             raise too_large
-        for piece in inflate(chunk) if inflate else (chunk,):
+        for piece in inflate(block) if inflate else (block,):
             body += piece
             if len(body) > max_bytes:
                 raise too_large

@@ -2,6 +2,7 @@ import asyncio
 import datetime
 import gzip
 import pickle
+import random
 import socket
 import ssl
 import tracemalloc
@@ -14,6 +15,7 @@ from rllib_arpo.tools.addresses import may_reach, parse_networks
 from rllib_arpo.tools.fetch import FetchLimits, Page, PageFetcher
 from tests.tools.unruly_server import (
     RESET,
+    Answer,
     UnrulyServer,
     bomb,
     endless,
@@ -52,6 +54,41 @@ def refusal(from_fetcher: PageFetcher, url: str, message: str) -> ToolError:
     with pytest.raises(ToolError, match=message) as caught:
         fetch(from_fetcher, url)
     return caught.value
+
+
+def in_chunks(body: bytes, size: int) -> Answer:
+    """A packed page in HTTP chunks, each of which arrives by itself."""
+    chunks = [body[start : start + size] for start in range(0, len(body), size)]
+    return sends(
+        head(
+            content_type="text/html",
+            content_encoding="deflate",
+            transfer_encoding="chunked",
+        ),
+        *(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in [*chunks, b""]),
+    )
+
+
+def packed(num_blank: int, num_random: int) -> tuple[bytes, bytes]:
+    """A page that packs well at its start and not at all after that; and packed."""
+    blank = b" " * num_blank
+    body = blank + random.Random(0).randbytes(num_random)
+    packer = zlib.compressobj(9)
+    start = packer.compress(blank) + packer.flush(zlib.Z_FULL_FLUSH)
+    return body, start + packer.compress(body[num_blank:]) + packer.flush()
+
+
+@pytest.mark.parametrize("size", [100, 5000, 1 << 20])
+def test_a_page_is_taken_or_refused_however_its_bytes_arrive(size):
+    # 900 kB from 1 kB, which are too much for themselves, but not with the other 3 kB.
+    body, good = packed(900_000, 3000)
+    # 20 MB from 20 kB, which are too much whatever comes after them.
+    _, bad = packed(20_000_000, 100_000)
+    answers = {"/good": in_chunks(good, size), "/bad": in_chunks(bad, size)}
+    with UnrulyServer(answers) as server:
+        lenient = fetcher(server, limits=FetchLimits(max_bytes=40_000_000))
+        assert fetch(lenient, server.url("/good")).body == body
+        refusal(lenient, server.url("/bad"), "unpacks to far more")
 
 
 class FakeResolver:
