@@ -121,7 +121,12 @@ def check_file(path: Path, *, to_replay: bool) -> None:
     if not to_replay and not path.exists():
         return
     try:
-        db = _connect_read_only(path)
+        try:
+            db = _connect_read_only(path)
+        except ConfigError:
+            if to_replay or path.is_dir():
+                raise
+            return  # another process has set it aside since
         try:
             is_whole = _is_ours(db, path)
         finally:

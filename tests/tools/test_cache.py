@@ -439,6 +439,28 @@ def test_a_file_is_checked_while_another_process_makes_it(tmp_path):
         check_file(path, to_replay=False)
 
 
+def test_a_file_that_is_set_aside_while_it_is_checked_is_no_mistake(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "cache.sqlite"
+    path.write_bytes(b"broken")
+    exists = Path.exists
+
+    def exists_no_longer(self: Path) -> bool:
+        found = exists(self)
+        if found and self == path:
+            self.rename(tmp_path / "cache.sqlite.broken")
+        return found
+
+    monkeypatch.setattr(Path, "exists", exists_no_longer)
+    check_file(path, to_replay=False)
+    assert not path.is_file()
+    with pytest.raises(ConfigError, match="record one first"):
+        check_file(path, to_replay=True)
+    with pytest.raises(ConfigError):
+        check_file(tmp_path, to_replay=False)
+
+
 def test_a_file_of_another_kind_is_refused_and_left_alone(file):
     with closing(sqlite3.connect(file)) as db:
         db.execute("CREATE TABLE precious (x)")
