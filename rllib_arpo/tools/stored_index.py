@@ -65,8 +65,8 @@ def stored_index(
     """
     name = f"{kind}-{key}"
     for home in homes:
+        _mark_used(home / name)  # first, or it could be removed after the look at it
         if _is_whole(home / name):
-            _mark_used(home / name)
             return home / name
     home = next(filter(_can_write, homes), homes[-1])
     target = home / name

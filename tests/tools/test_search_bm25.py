@@ -22,7 +22,7 @@ from rllib_arpo.tools import search_bm25
 from rllib_arpo.tools.ranking import best_first
 from rllib_arpo.tools.search import Document, SearchBackend, SearchTool
 from rllib_arpo.tools.search_bm25 import DocumentIndex
-from rllib_arpo.tools.stored_index import BESIDE, UNUSED_S
+from rllib_arpo.tools.stored_index import BESIDE, UNUSED_S, stored_index
 
 TEXTS = ["depth vifel 44", "height vifel 57", "depth zepen 12", "height zepen 31"]
 ROOT = Path(__file__).parents[2]
@@ -267,6 +267,26 @@ def test_only_an_old_index_that_nobody_used_for_a_week_goes(folder):
     DocumentIndex.from_folder(folder)  # the second one is in use again
     change("third")
     assert len(indexes(folder, "bm25")) == len(indexes(folder, "documents")) == 2
+
+
+def test_an_index_that_is_opened_while_another_process_removes_it_is_built_again(
+    tmp_path, monkeypatch
+):
+    def build(folder: Path) -> None:
+        (folder / "words").write_text("vifel")
+
+    old = stored_index([tmp_path], "bm25", "old", build)
+    last_used = time.time() - UNUSED_S - 60
+    os.utime(old, (last_used, last_used))
+    utime = os.utime
+
+    def after_the_other_process(path: Path) -> None:
+        monkeypatch.setattr(os, "utime", utime)
+        stored_index([tmp_path], "bm25", "new", build)
+        utime(path)
+
+    monkeypatch.setattr(os, "utime", after_the_other_process)
+    assert (stored_index([tmp_path], "bm25", "old", build) / "words").exists()
 
 
 @pytest.mark.parametrize("file", ["data.csc.index.npy", "contents.json"])
