@@ -1,13 +1,10 @@
 """Other weights while clients ask."""
 
-import json
-from contextlib import closing
-from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
 
-from tests.serving.served import ADMIN_KEY, Crowd, Served, until
+from tests.serving.served import Crowd, Served, until
 from tests.serving.test_vocabulary import swapped
 
 pytestmark = pytest.mark.slow
@@ -36,31 +33,6 @@ def test_weights_change_under_load_without_a_failure(
 def version_of(served: Served) -> str:
     message = served.post(seed=1).raise_for_status().json()["choices"][0]["message"]
     return message["agent"]["version"]
-
-
-def test_a_reload_goes_on_when_who_asked_hangs_up(
-    served: Served, weights: dict[str, str], versions: dict[str, str]
-) -> None:
-    until(lambda: served.numbers("rllib_arpo_requests_in_flight") == [1.0])
-    fields = {"model": "almanac", "checkpoint": weights["other"]}
-    headers = {
-        "Authorization": f"Bearer {ADMIN_KEY}",
-        "Content-Type": "application/json",
-    }
-    address = served.client.base_url
-
-    def is_under_way() -> bool:
-        # One in flight is the look itself; it may be over already.
-        in_flight = served.numbers("rllib_arpo_requests_in_flight")
-        return in_flight == [2.0] or version_of(served) == versions["other"]
-
-    with closing(HTTPConnection(address.host, address.port)) as client:
-        client.request("POST", "/admin/reload", json.dumps(fields), headers)
-        until(is_under_way)
-    until(lambda: version_of(served) == versions["other"])
-    assert served.reload(model="almanac").json() == {
-        "models": {"almanac": versions["almanac"]}
-    }
 
 
 def is_reloaded(served: Served, **fields: str) -> bool:
