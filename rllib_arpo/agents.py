@@ -145,7 +145,7 @@ def agent_of_config(config: Any) -> AgentSettings:
 
 
 def save_agent(settings: AgentSettings, folder: str | Path) -> Path:
-    """Put an agent's settings beside the Hugging Face files of its model, whole or not.
+    """Put an agent's settings beside the Hugging Face files of its model.
 
     What comes from a script or a notebook is stored with its code, what comes from a
     module by its name.

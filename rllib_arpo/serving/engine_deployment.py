@@ -311,6 +311,8 @@ class EngineReplica:
             return str(version)
         try:
             if self._newest is None and _is_tidied_away(source):
+                # At its start only; the version says which weights these are.
+                logger.warning("%s is gone: take its run's newest checkpoint", source)
                 source, version = str(Path(source).parent.parent), None
             weights = await asyncio.to_thread(find_weights, source)
             version = str(version or weights.version)
@@ -344,15 +346,9 @@ class EngineReplica:
 
 
 def _is_tidied_away(source: str) -> bool:
-    """Whether a run that goes on has removed this checkpoint, as newer ones came.
-
-    A replica that starts then takes the newest, and says so by its version.
-    """
+    """Whether a run that goes on has removed this checkpoint, as newer ones came."""
     folder = Path(source)
-    is_gone = folder.parent.name == CHECKPOINTS and not folder.exists()
-    if is_gone:
-        logger.warning("%s is gone: take the newest checkpoint of its run", source)
-    return is_gone
+    return folder.parent.name == CHECKPOINTS and not folder.exists()
 
 
 def _model_folder(weights: Weights, files: ExitStack) -> Path:

@@ -61,12 +61,12 @@ class Connection:
             try:
                 async with asyncio.timeout(CONNECT_S):
                     reader, self._writer = await asyncio.open_connection(host, port)
+                end_if_vanished(self._writer)
             except OSError as error:
                 self.lost = True
                 raise EngineLostError(
                     f"the engine's replica does not listen at {host}:{port}: {error}"
                 ) from error
-            end_if_vanished(self._writer)
             self._writer.write(frame([self._address.key, self._name]))
             self._reading = asyncio.create_task(self._read(reader))
 
